@@ -1,0 +1,7 @@
+"""Data of the four benchmarks: `<benchmark>.load(args)` returns the list of tasks that a script iterates over.
+
+    pmnist, cifar100, cifar100_superclass, five_datasets   one benchmark each: which images, which split, which labels
+    task                                                   what they return: tensors made on demand from shared bytes
+    raw                                                    uint8 images of a data set, from wherever they can be had
+    decode                                                 the file formats these images come in
+"""

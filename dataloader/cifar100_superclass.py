@@ -1,0 +1,73 @@
+"""CIFAR-100 Superclass: twenty tasks, each a coarse class of CIFAR-100 with its five fine classes, in one of five orders.
+
+The images of the released code are scrambled: it reads rows of 3x32x32 values as 32x32x3, and 0.07 % of the values land where
+they belong. The paper's number rests on these; args.official_data asks for them.
+"""
+import numpy as np
+
+from dataloader.raw import load_raw
+from dataloader.task import Part, Task, canonical_order, normalise, random_split
+
+# The coarse classes in CIFAR-100's order, with their fine labels. The label within a task is the rank of the fine label.
+SUPERCLASSES = (
+    ("aquatic mammals", (4, 30, 55, 72, 95)),
+    ("fish", (1, 32, 67, 73, 91)),
+    ("flowers", (54, 62, 70, 82, 92)),
+    ("food containers", (9, 10, 16, 28, 61)),
+    ("fruit and vegetables", (0, 51, 53, 57, 83)),
+    ("household electrical devices", (22, 39, 40, 86, 87)),
+    ("household furniture", (5, 20, 25, 84, 94)),
+    ("insects", (6, 7, 14, 18, 24)),
+    ("large carnivores", (3, 42, 43, 88, 97)),
+    ("large man-made outdoor things", (12, 17, 37, 68, 76)),
+    ("large natural outdoor scenes", (23, 33, 49, 60, 71)),
+    ("large omnivores and herbivores", (15, 19, 21, 31, 38)),
+    ("medium-sized mammals", (34, 63, 64, 66, 75)),
+    ("non-insect invertebrates", (26, 45, 77, 79, 99)),
+    ("people", (2, 11, 35, 46, 98)),
+    ("reptiles", (27, 29, 44, 78, 93)),
+    ("small mammals", (36, 50, 65, 74, 80)),
+    ("trees", (47, 52, 56, 59, 96)),
+    ("vehicles 1", (8, 13, 48, 58, 90)),
+    ("vehicles 2", (41, 69, 81, 85, 89)),
+)
+
+ORDERS = (
+    tuple(range(20)),
+    (15, 12, 5, 9, 7, 16, 18, 17, 1, 0, 3, 8, 11, 14, 10, 6, 2, 4, 13, 19),
+    (17, 1, 19, 18, 12, 7, 6, 0, 11, 15, 10, 5, 13, 3, 9, 16, 4, 14, 2, 8),
+    (11, 9, 6, 5, 12, 4, 0, 10, 13, 7, 14, 3, 15, 16, 8, 1, 2, 19, 18, 17),
+    (6, 14, 0, 11, 12, 17, 13, 4, 9, 1, 7, 19, 8, 10, 3, 15, 18, 5, 2, 16),
+)
+
+
+def load(args):
+    """Return the tasks; inputs are (n, 3, 32, 32). Raises DataError.
+
+    Reads args.data_dir, args.seed, args.pc_valid, args.t_order (0 .. 4) and args.official_data.
+    """
+    raw = load_raw("cifar100", args.data_dir)
+    test_order = canonical_order(raw.x_test, raw.y_test)
+    rank = np.empty(100, np.int64)
+    for _, fine_labels in SUPERCLASSES:
+        rank[list(fine_labels)] = range(5)
+    y_train, y_test = rank[raw.y_train], rank[raw.y_test]
+    tasks = []
+    for t, superclass in enumerate(ORDERS[args.t_order]):
+        name, fine_labels = SUPERCLASSES[superclass]
+        train, valid = random_split(np.flatnonzero(np.isin(raw.y_train, fine_labels)), args.pc_valid, args.seed, t)
+        test = test_order[np.isin(raw.y_test[test_order], fine_labels)]
+        tasks.append(Task(name, 5, raw.info, scrambled if args.official_data else to_input, Part(raw.x_train, y_train, train),
+                          Part(raw.x_train, y_train, valid), Part(raw.x_test, y_test, test)))
+    return tasks
+
+
+def to_input(images):
+    """float32 (n, 3, 32, 32) in [0, 1] of uint8 images (n, 32, 32, 3)."""
+    return normalise(images, mean=[0.0], std=[1.0])
+
+
+def scrambled(images):
+    """Like to_input, but with the values where the released loader puts them."""
+    rows = images.transpose(0, 3, 1, 2).reshape(-1, 3072)
+    return to_input(rows.reshape(-1, 32, 32, 3))

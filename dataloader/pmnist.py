@@ -1,0 +1,30 @@
+"""Permuted MNIST: ten tasks, the ten digits with the pixels in ten different orders. One label space for all.
+
+The validation part is the first share of the training images, unshuffled: 54,000 / 6,000 / 10,000 by default.
+"""
+import numpy as np
+
+from dataloader.raw import load_raw
+from dataloader.task import Part, Task, canonical_order, normalise, split
+
+N_TASKS = 10
+MEAN, STD = [0.1307], [0.3081]
+
+
+def load(args):
+    """Return the tasks; inputs are (n, 784). Reads args.data_dir, args.seed and args.pc_valid. Raises DataError."""
+    raw = load_raw("mnist", args.data_dir)
+    train, valid = split(np.arange(len(raw.x_train)), args.pc_valid)
+    parts = [Part(raw.x_train, raw.y_train, train), Part(raw.x_train, raw.y_train, valid),
+             Part(raw.x_test, raw.y_test, canonical_order(raw.x_test, raw.y_test))]
+    tasks = []
+    for t in range(N_TASKS):
+        # A generator per task: the first tasks are the same however many follow.
+        pixels = np.random.default_rng([args.seed, t]).permutation(28 * 28)
+        tasks.append(Task(f"permutation {t + 1}", 10, raw.info, lambda x, pixels=pixels: permuted(x, pixels), *parts))
+    return tasks
+
+
+def permuted(images, pixels):
+    """float32 (n, 784) of uint8 images (n, 28, 28): normalised, then input i is pixel pixels[i]."""
+    return normalise(images, MEAN, STD).flatten(1)[:, pixels]

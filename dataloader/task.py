@@ -1,0 +1,94 @@
+"""A task: train, validation and test tensors, made on demand from uint8 images that all tasks of a set share."""
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dataloader.raw import DataError
+
+CHUNK = 512  # images converted at once: what is needed beside the result stays small, and in the processor's cache
+
+
+class Part(NamedTuple):
+    """The images of one part of a task: positions index (n,) in shared uint8 images x and int64 labels y."""
+    x: np.ndarray
+    y: np.ndarray
+    index: np.ndarray
+
+
+class Task:
+    """A classification task.
+
+    name       for people
+    n_classes  labels lie in 0 .. n_classes - 1
+    data       which data set, from where, and whether complete: `Raw.info`
+    train, valid, test        (x, y) float32 inputs ready for the network, (n, ...), and int64 labels, (n,)
+    n_train, n_valid, n_test  their lengths
+
+    A part is made anew each time it is asked for and not kept: ten tasks on MNIST's images cost what one does. The test part
+    comes in an order that depends on the images alone, see canonical_order.
+    """
+
+    def __init__(self, name, n_classes, data, to_input, train, valid, test):
+        """to_input: function from uint8 images (n, ...) to float32 inputs. train, valid, test: Part."""
+        for part, kind in (train, "training"), (test, "test"):
+            if len(part.index) == 0:
+                raise DataError(f"{data['set']} ({data['source']}) has no {kind} images for the task {name!r}")
+        self.name, self.n_classes, self.data = name, n_classes, data
+        self._to_input, self._train, self._valid, self._test = to_input, train, valid, test
+        self.n_train, self.n_valid, self.n_test = len(train.index), len(valid.index), len(test.index)
+
+    @property
+    def train(self):
+        return self._tensors(self._train)
+
+    @property
+    def valid(self):
+        return self._tensors(self._valid)
+
+    @property
+    def test(self):
+        return self._tensors(self._test)
+
+    def _tensors(self, part):
+        x = torch.empty(len(part.index), *self._to_input(part.x[:1]).shape[1:])
+        for start in range(0, len(x), CHUNK):
+            x[start:start + CHUNK] = self._to_input(part.x[part.index[start:start + CHUNK]])
+        return x, torch.from_numpy(part.y[part.index])
+
+
+def normalise(images, mean, std):
+    """(x / 255 - mean) / std, bit for bit what torchvision's ToTensor and Normalize give.
+
+    images: uint8 (n, H, W) or (n, H, W, C); mean, std: numbers, one per channel. Returns float32 (n, C, H, W).
+    """
+    x = torch.from_numpy(images.reshape(*images.shape[:3], -1)).permute(0, 3, 1, 2)
+    x = x.to(torch.float32, memory_format=torch.contiguous_format)
+    return x.div_(255).sub_(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1))
+
+
+def canonical_order(x, y):
+    """Positions that sort images x (N, ...) by a digest of their bytes, equal images by label y (N,).
+
+    The order mixes the classes and does not depend on how a file stores the images. BatchNorm normalises a test batch with
+    its own statistics, so with the file's order a file sorted by class would give another accuracy, and a far worse one.
+    """
+    digests = [hashlib.blake2b(image, digest_size=16).digest() for image in x]
+    return np.array(sorted(range(len(x)), key=lambda i: (digests[i], y[i])))
+
+
+def split(order, pc_valid):
+    """Split positions into a training part and, first in order, a validation part of the share pc_valid, 0 <= pc_valid < 1.
+
+    Raises DataError where the share is so small that it comes to no image.
+    """
+    n_valid = int(pc_valid * len(order))
+    if n_valid == 0 < pc_valid * len(order):
+        raise DataError(f"a validation share of {pc_valid} is less than one of a task's {len(order)} training images")
+    return order[n_valid:], order[:n_valid]
+
+
+def random_split(index, pc_valid, seed, task):
+    """Like split, after a shuffle that depends on the seed and the number of the task only."""
+    return split(np.random.default_rng([seed, task]).permutation(index), pc_valid)
