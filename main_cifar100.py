@@ -114,7 +114,7 @@ def check_args(args, n_tasks):
             fail(f"--threshold must lie in (0, 1], not {eps}")
         if eps + (args.n_tasks - 1) * args.threshold_increment > 1:
             fail(f"--threshold {eps} and --threshold_increment {args.threshold_increment} exceed 1 within {args.n_tasks} tasks")
-    if args.run_name is not None and args.run_name != Path(args.run_name).name:
+    if args.run_name is not None and (args.run_name != Path(args.run_name).name or args.run_name in ("", "..")):
         fail(f"--run_name must be the name of one folder, not {args.run_name!r}")
 
 
@@ -129,7 +129,7 @@ class Dropout(nn.Dropout):
         if not self.training or x.device.type != "cpu":
             return super().forward(x)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = bits[: x.numel()].view_as(x) >= round(self.p * 65536) - 32768
+        kept = bits.as_strided(x.shape, x.stride()) >= round(self.p * 65536) - 32768  # laid out like x
         return x * (kept / (1 - self.p))
 
 
@@ -545,7 +545,7 @@ def per_layer(flag, values, layers):
 def load_tasks(args, model):
     """The benchmark's tasks, after a look at the sizes that would otherwise fail in the middle of the run."""
     try:
-        tasks = benchmark.load(args)
+        tasks = benchmark.load(args.data_dir, args)
     except DataError as error:
         fail(str(error))
     smallest = min(task.n_train for task in tasks)
@@ -628,6 +628,8 @@ def main(args):
     device = find_device(args.device)
     torch.manual_seed(args.seed)
     model = build_model(args).to(device)
+    if device.type == "cpu":
+        model.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in there
     layers = projected_layers(model)
     thresholds = per_layer("threshold", args.threshold, layers)
     n_samples = per_layer("n_samples", args.n_samples, layers)
@@ -704,4 +706,5 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted. The same command goes on after the last full epoch.")
+        print("\ninterrupted: the same command goes on after the last full epoch", file=sys.stderr)
+        sys.exit(130)

@@ -1,4 +1,4 @@
-"""Data of the four benchmarks: `<benchmark>.load(args)` returns the list of tasks that a script iterates over.
+"""Data of the four benchmarks: `<benchmark>.load(data_dir, args)` returns the list of tasks that a script iterates over.
 
     pmnist, cifar100, cifar100_superclass, five_datasets   one benchmark each: which images, which split, which labels
     task                                                   what they return: tensors made on demand from shared bytes

@@ -8,9 +8,9 @@ N_TASKS = 10
 MEAN, STD = [125.3 / 255, 123.0 / 255, 113.9 / 255], [63.0 / 255, 62.1 / 255, 66.7 / 255]
 
 
-def load(args):
-    """Return the tasks; inputs are (n, 3, 32, 32). Reads args.data_dir, args.seed and args.pc_valid. Raises DataError."""
-    raw = load_raw("cifar100", args.data_dir)
+def load(data_dir, args):
+    """Return the tasks; inputs are (n, 3, 32, 32). Reads args.seed and args.pc_valid. Raises DataError."""
+    raw = load_raw("cifar100", data_dir)
     test_order = canonical_order(raw.x_test, raw.y_test)
     task_train, y_train = np.divmod(raw.y_train, 10)
     task_test, y_test = np.divmod(raw.y_test, 10)

@@ -41,12 +41,12 @@ ORDERS = (
 )
 
 
-def load(args):
+def load(data_dir, args):
     """Return the tasks; inputs are (n, 3, 32, 32). Raises DataError.
 
-    Reads args.data_dir, args.seed, args.pc_valid, args.t_order (0 .. 4) and args.official_data.
+    Reads args.seed, args.pc_valid, args.t_order (0 .. 4) and args.official_data.
     """
-    raw = load_raw("cifar100", args.data_dir)
+    raw = load_raw("cifar100", data_dir)
     test_order = canonical_order(raw.x_test, raw.y_test)
     rank = np.empty(100, np.int64)
     for _, fine_labels in SUPERCLASSES:

@@ -20,11 +20,11 @@ def idx(content):
     shape = [int(n) for n in np.frombuffer(content[4:start], ">u4")]
     if len(content) != start + math.prod(shape):
         raise ValueError(f"{len(content):,} bytes where its header announces {start + math.prod(shape):,}")
-    return np.frombuffer(bytearray(content), np.uint8, offset=start).reshape(shape)  # a bytearray: arrays are writable
+    return np.frombuffer(bytearray(content), np.uint8, offset=start).reshape(shape)  # writable, unlike the bytes
 
 
 def cifar(content):
-    """Return images and labels of a batch of CIFAR-10 or CIFAR-100 (fine labels), a pickle of rows in channel, row, column order."""
+    """Return images and labels (CIFAR-100: fine labels) of a batch of CIFAR, a pickle with rows of 3x32x32 values."""
     batch = unpickle(content)
     labels = batch["fine_labels"] if "fine_labels" in batch else batch["labels"]
     return batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.asarray(labels)
@@ -59,17 +59,18 @@ def notmnist(content, split):
 
 
 def unpickle(content):
-    """Return the object of a pickle that holds numpy arrays, plain containers, strings and numbers, and nothing else."""
+    """Return what a pickle holds: numpy's arrays and numbers in Python's containers, else an UnpicklingError."""
     return _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """A pickle may name any function to be called on loading: only those that numpy itself names for an array are let in."""
+    """A pickle may name any function to be called on loading: only those that numpy names for its arrays are let in."""
 
     admitted = {
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy.core.multiarray", "scalar"): np.float64(0).__reduce__()[0],
         ("numpy.core.numeric", "_frombuffer"): np.empty(0).__reduce_ex__(5)[0],
         # Bytes, as Python 3 writes them in the protocols that Python 2 can read.
         ("_codecs", "encode"): lambda text, _: text.encode("latin1"),

@@ -18,16 +18,16 @@ DATASETS = (
     ("Fashion-MNIST", "fashion_mnist", [0.2190], [0.3318]),
     ("notMNIST", "notmnist", [0.4254], [0.4501]),
 )
+OFFICIAL = {"fashion_mnist": ("MNIST again", "mnist", [0.2190], [0.3318])}
 
 
-def load(args):
-    """Return the tasks; inputs are (n, 3, 32, 32). Reads args.data_dir, args.seed, args.pc_valid and args.official_data.
+def load(data_dir, args):
+    """Return the tasks; inputs are (n, 3, 32, 32). Reads args.seed, args.pc_valid and args.official_data.
 
     Raises DataError, which says what was found of each data set, where one is missing.
     """
-    datasets = [("MNIST again", "mnist", mean, std) if args.official_data and name == "fashion_mnist" else (title, name, mean, std)
-                for title, name, mean, std in DATASETS]
-    raw = load_all([name for _, name, _, _ in datasets], args.data_dir)
+    datasets = [OFFICIAL.get(dataset[1], dataset) if args.official_data else dataset for dataset in DATASETS]
+    raw = load_all([name for _, name, _, _ in datasets], data_dir)
     tasks = []
     for t, (title, name, mean, std) in enumerate(datasets):
         x_train, y_train, x_test, y_test = raw[name].x_train, raw[name].y_train, raw[name].x_test, raw[name].y_test

