@@ -202,8 +202,8 @@ def update_basis(M, R, eps):
 
     The first task is the case of an empty M, shape (d, 0) (Eq. 5). Returns the new M, orthonormal columns, r <= d.
     """
-    exact = {"device": "cpu" if R.device.type == "mps" else R.device, "dtype": torch.float64}  # MPS has no float64
-    basis, R = M.to(**exact), R.to(**exact)
+    device = "cpu" if R.device.type == "mps" else R.device  # MPS has no float64
+    basis, R = M.to(device).double(), R.to(device).double()
     R_hat = R - basis @ (basis.T @ R)  # Eq. 8
     R_hat = R_hat - basis @ (basis.T @ R_hat)  # what is left of M, whose columns are orthonormal to float32 only
     triangle = torch.linalg.qr(R_hat.T, mode="r")[1]  # R_hat^T = Q triangle: n columns become min(d, n), U and S stay
@@ -213,7 +213,7 @@ def update_basis(M, R, eps):
     held = energy - S.square().sum()  # ||M M^T R||_F^2
     r = (held + gained < eps * energy).sum()  # Eq. 9
     r = min(r, (S > 1e-8 * energy.sqrt()).sum())  # smaller ones are float32's rounding noise, not directions
-    return torch.cat([M, U[:, :r].to(M)], dim=1)
+    return torch.cat([M, U[:, :r].to(M.dtype).to(M.device)], dim=1)
 
 
 def update_bases(model, task, x, bases, eps, n_samples):
@@ -290,7 +290,7 @@ def freeze_batchnorm(model):
 # ----------------------------------------------------------------------------------------------------------------------
 def accuracy(logits, y):
     """Percent of the rows of logits (N, n_classes) whose largest entry is at the label y (N,)."""
-    return 100 * (logits.argmax(1) == y).double().mean().item()
+    return 100 * (logits.argmax(1) == y).sum().item() / len(y)
 
 
 @torch.no_grad()
@@ -602,6 +602,9 @@ def print_task(results, tasks):
 
 def print_result(results):
     """The last lines of a run: where the time went, and the two metrics, which grep finds by their names."""
+    partial = {data["set"] for data in results["data"] if not data["complete"]}
+    if partial:
+        print(f"not comparable with the paper: {', '.join(sorted(partial))} with other than the official number of images")
     seconds = results["seconds"]
     print(f"time {sum(seconds.values()):.0f} s: " + ", ".join(f"{what} {s:.1f}" for what, s in seconds.items()))
     for metric in ("ACC", "BWT"):
@@ -676,15 +679,18 @@ def main(args):
                 freeze_batchnorm(model)
             train_task(model, t, train, valid, bases, args, state, seconds, save)
 
+            with timed(seconds, "bases"):
+                eps = [threshold + t * args.threshold_increment for threshold in thresholds]
+                bases = update_bases(model, t, train[0], bases, eps, n_samples)
+            del train, valid  # one part at a time in memory
+
             row = []
             for u in range(t + 1):
                 with timed(seconds, "data"):
                     x, y = to_device(tasks[u].test, device)
                 with timed(seconds, "evaluation"):
                     row.append(evaluate(model, u, x, y, args.batch_size_test)[1])
-            with timed(seconds, "bases"):
-                eps = [threshold + t * args.threshold_increment for threshold in thresholds]
-                bases = update_bases(model, t, train[0], bases, eps, n_samples)
+                del x, y
 
             results["accuracy_matrix"] = [[*old, 0.0] for old in results["accuracy_matrix"]] + [row]
             results["ACC"], results["BWT"] = average_accuracy(results["accuracy_matrix"]), backward_transfer(results["accuracy_matrix"])
@@ -698,7 +704,6 @@ def main(args):
                 write_figure(results, folder / "accuracy.png")
             write_file(folder / "results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
             save()  # last: from here on the task counts as done
-            del train, valid, x, y  # before the next task's are made
         print_result(results)
 
 

@@ -39,7 +39,7 @@ PUBLISHED = {
     "five_datasets": {
         "n_epochs": 100, "batch_size_train": 64, "batch_size_test": 64, "pc_valid": 0.05, "lr": 0.1, "momentum": 0.0,
         "lr_min": 1e-3, "lr_patience": 5, "lr_factor": 3.0, "threshold": [0.965], "threshold_increment": 0.0,
-        "n_samples": None, "n_tasks": 5},
+        "n_samples": [10] * 9 + [50] * 4 + [100] * 7, "n_tasks": 5},
 }
 
 

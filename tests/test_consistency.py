@@ -27,7 +27,7 @@ def flags(script):
 
 
 def test_there_are_scripts_to_compare():
-    assert {"main_pmnist.py", "main_cifar100.py", "main_cifar100_superclass.py"} <= set(SCRIPTS)
+    assert {"main_pmnist.py", "main_cifar100.py", "main_cifar100_superclass.py", "main_five_datasets.py"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 
 import main_cifar100 as gpm
 import main_cifar100_superclass
+import main_five_datasets
 import main_pmnist
 
 NETWORKS = {
     "MLP": (main_pmnist, (784,)),
     "AlexNet": (gpm, (3, 32, 32)),
     "LeNet": (main_cifar100_superclass, (3, 32, 32)),
+    "ResNet18": (main_five_datasets, (3, 32, 32)),
 }
 
 
@@ -261,6 +263,21 @@ def test_projected_layers():
     assert widths[main_pmnist] == {"fc1": 784, "fc2": 100, "fc3": 100}
     assert widths[gpm] == {"conv1": 48, "conv2": 576, "conv3": 512, "fc1": 1024, "fc2": 2048}
     assert widths[main_cifar100_superclass] == {"conv1": 75, "conv2": 500, "fc1": 3200, "fc2": 800}
+    resnet = widths[main_five_datasets]
+    assert len(resnet) == 20 and {name: d for name, d in resnet.items() if "shortcut" in name} == {
+        "stage2.0.shortcut.0": 20, "stage3.0.shortcut.0": 40, "stage4.0.shortcut.0": 80}
+    assert [resnet["conv1"], resnet["stage1.0.conv1"], resnet["stage4.0.conv1"], resnet["stage4.1.conv2"]] == [27, 180, 720, 1440]
+
+
+def test_samples_of_resnet_by_layer():
+    args = main_five_datasets.parse_args([])
+    samples = dict(zip(gpm.projected_layers(main_five_datasets.build_model(args)), args.n_samples, strict=True))
+    assert {name for name, n in samples.items() if n == 10} == {
+        "conv1", *(f"stage1.{block}.conv{i}" for block in "01" for i in "12"),
+        "stage2.0.conv1", "stage2.0.conv2", "stage2.0.shortcut.0", "stage2.1.conv1"}
+    assert {name for name, n in samples.items() if n == 50} == {"stage2.1.conv2", "stage3.0.conv1", "stage3.0.conv2", "stage3.0.shortcut.0"}
+    assert {n for n in samples.values()} == {10, 50, 100}
+    assert main_five_datasets.parse_args(["--n_samples", "7"]).n_samples == [7]
 
 
 def test_networks_have_no_biases_and_the_published_size(network):
@@ -269,7 +286,7 @@ def test_networks_have_no_biases_and_the_published_size(network):
     assert not biased
     assert all(not module.track_running_stats for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)))
     size = sum(W.numel() for W in model.parameters())
-    assert size == {"MLP": 89_400, "AlexNet": 6_713_216, "LeNet": 3_036_500}[type(model).__name__]
+    assert size == {"MLP": 89_400, "AlexNet": 6_713_216, "LeNet": 3_036_500, "ResNet18": 1_125_140}[type(model).__name__]
 
 
 def test_alexnet_equals_the_order_of_operations_in_the_paper():
