@@ -239,17 +239,17 @@ def gradient_projection(layers, bases, known):
 
     known: {name: x_hat} of the batch at hand, for a Linear layer whose projected input need not be computed.
     """
-    def forward(name, layer, x):
+    def linear_forward(name, layer, x):
         x_hat = known[name] if name in known else project(x.detach(), bases[name])
         return ProjectedLinear.apply(x, x_hat, layer.weight)
 
-    def backward(M, G):
+    def projected_gradient(M, G):
         return project(G.flatten(1), M).view_as(G)
 
     linear = {name: layer for name, layer in layers.items() if name in bases and isinstance(layer, nn.Linear)}
     for name, layer in linear.items():
-        layer.forward = functools.partial(forward, name, layer)
-    hooks = [layer.weight.register_hook(functools.partial(backward, bases[name]))
+        layer.forward = functools.partial(linear_forward, name, layer)
+    hooks = [layer.weight.register_hook(functools.partial(projected_gradient, bases[name]))
              for name, layer in layers.items() if name in bases and name not in linear]
     try:
         yield
@@ -445,7 +445,8 @@ def load_checkpoint(folder):
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: checkpoint[key] for key in ("results", "model", "bases", "state", "random")}
     except Exception as error:  # a damaged file can fail in many ways, all of them final
         fail(f"{path} cannot be read ({type(error).__name__}): it is damaged or not a checkpoint; use --overwrite to start anew")
 
@@ -453,8 +454,9 @@ def load_checkpoint(folder):
 def load_results(folder):
     """What is known of the run in folder from its results.json, or None: there is none, or none that can be read."""
     try:
-        return json.loads((folder / "results.json").read_text())
-    except (OSError, ValueError):
+        results = json.loads((folder / "results.json").read_text())
+        return results if "args" in results else None
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -547,6 +549,14 @@ def describe(tasks):
     return [{"task": task.name, "train": task.n_train, "valid": task.n_valid, "test": task.n_test, **task.data} for task in tasks]
 
 
+def check_data(tasks, results, folder):
+    """Refuse to go on with other images than the run was started with."""
+    parts = ("task", "set", "train", "valid", "test")
+    for new, old in zip(describe(tasks), results["data"]):
+        if any(new[part] != old[part] for part in parts):
+            fail(f"{folder} was trained on other data: {', '.join(f'{part} {old[part]} there, {new[part]} here' for part in parts)}")
+
+
 def to_device(part, device):
     """(x, y) of a part of a task on the device."""
     return tuple(tensor.to(device) for tensor in part)
@@ -626,6 +636,7 @@ def main(args):
         state["velocity"] = {name: v.to(device) for name, v in state["velocity"].items()}
     if args.evaluate:
         tasks = load_tasks(args, model)
+        check_data(tasks, results, folder)
         for u in range(min(len(results["accuracy_matrix"]) + (state["epoch"] > 0), args.n_tasks)):
             x, y = to_device(tasks[u].test, device)
             print(f"task {u + 1:2d} ({tasks[u].name}) accuracy {evaluate(model, u, x, y, args.batch_size_test)[1]:.2f}")
@@ -638,11 +649,14 @@ def main(args):
         start = time.perf_counter()
         tasks = load_tasks(args, model)
         if checkpoint:
+            check_data(tasks, results, folder)
             set_random_state(checkpoint["random"], device)
             if any(results[key] != value for key, value in origin.items()):
                 results.setdefault("resumed_with", []).append(origin)
             print(f"going on with task {len(results['accuracy_matrix']) + 1} after epoch {state['epoch']}")
         else:
+            if results:
+                print(f"{folder} holds a result without its checkpoint: training anew")
             results = {"args": vars(args), **origin, "data": describe(tasks), "widths": widths(layers),
                        "accuracy_matrix": [], "ACC": None, "BWT": None, "ranks": [], "memory": [], "epochs": [], "finished": False,
                        "seconds": dict.fromkeys(("data", "training", "evaluation", "bases", "saving"), 0.0)}
@@ -695,3 +709,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on after the last full epoch", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # the disk is full, say, or the terminal is gone
+        fail(str(error), status=1)

@@ -327,21 +327,36 @@ def test_a_result_without_its_checkpoint_is_trained_anew(pmnist, capsys):
     (folder / "checkpoint.pt").unlink()
     assert_refused(capsys, 2, "--lr 0.01 there, 0.005 here", pmnist.run, "--lr", "0.005")
     pmnist.run()
-    assert capsys.readouterr().out.count("train loss") == 4
+    out = capsys.readouterr().out
+    assert out.count("train loss") == 4 and f"{folder} holds a result without its checkpoint: training anew" in out
     assert results_of(folder) == before
     (folder / "checkpoint.pt").unlink()
-    (folder / "results.json").write_text('{"args": {')  # nobody can tell what it was
-    pmnist.run()
-    assert results_of(folder) == before
+    for content in ('{"args": {', "[1]", "3"):  # nobody can tell what it was
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        (folder / "results.json").write_text(content)
+        pmnist.run()
+        assert results_of(folder) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x80\x02."])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x80\x02.", b"other keys"])
 def test_a_damaged_checkpoint_is_named(pmnist, content, capsys):
     folder = pmnist.run()
     (folder / "checkpoint.pt").write_bytes(content)
+    if content == b"other keys":
+        torch.save({"weights": torch.zeros(3)}, folder / "checkpoint.pt")
     assert_refused(capsys, 2, "checkpoint.pt cannot be read .*--overwrite", pmnist.run)
     pmnist.run("--overwrite")
     assert results_of(folder)["finished"]
+
+
+def test_other_data_are_refused(pmnist, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(pmnist.script, "write_figure", lambda *args: sys.exit(9))
+        with pytest.raises(SystemExit):
+            pmnist.run()
+    write_npz(pmnist.folder / "data", "mnist", small_arrays("mnist", 310, 60))
+    for more in ([], ["--evaluate"]):
+        assert_refused(capsys, 2, "was trained on other data: .*train 270 there, 279 here", pmnist.run, *more)
 
 
 def test_two_processes_on_one_run(pmnist, capsys):
@@ -370,7 +385,7 @@ def test_two_processes_on_one_run(pmnist, capsys):
     ("--pc_valid 1", "--pc_valid must lie between 0 and 1"),
     ("--lr 0", "--lr must be a positive number"),
     ("--lr nan", "--lr must be a positive number"),
-    ("--lr 1e-9", "--lr_min 1e-05 is above --lr 1e-09"),
+    ("--lr 1e-9", "--lr_min .* is above --lr 1e-09"),
     ("--lr_factor 1", "--lr_factor must be above 1"),
     ("--lr_patience -1", "--lr_patience must be 0"),
     ("--momentum 1", r"--momentum must lie in \[0, 1\)"),
