@@ -312,6 +312,46 @@ def test_alexnet_equals_the_order_of_operations_in_the_paper():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found["ours"], found["published"]))
 
 
+def test_lenet_equals_the_published_network():
+    model = main_cifar100_superclass.build_model(main_cifar100_superclass.parse_args([]))
+    norm, x = nn.LocalResponseNorm(4, 0.001 / 9, 0.75, 1.0), 30 * torch.rand(4, 3, 32, 32)
+    h = F.max_pool2d(norm(F.relu(model.conv1(x))), 3, 2, 1)
+    h = F.max_pool2d(norm(F.relu(model.conv2(h))), 3, 2, 1)
+    h = F.relu(model.fc2(F.relu(model.fc1(h.flatten(1)))))
+    assert torch.allclose(model(x, 7), model.heads[7](h), rtol=1e-4, atol=1e-4)
+
+
+def test_resnet_equals_the_published_network():
+    model = main_five_datasets.build_model(main_five_datasets.parse_args([]))
+    weights, x = dict(model.named_parameters()), torch.randn(4, 3, 32, 32)
+
+    def normed(h, name):
+        h = (h - h.mean((0, 2, 3), keepdim=True)) / (h.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return h * weights[f"{name}.weight"][:, None, None] + weights[f"{name}.bias"][:, None, None]
+
+    h = F.relu(normed(F.conv2d(x, weights["conv1.weight"], padding=1), "bn1"))
+    for stage in (1, 2, 3, 4):
+        for block in (0, 1):
+            name, stride = f"stage{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            y = F.relu(normed(F.conv2d(h, weights[f"{name}.conv1.weight"], stride=stride, padding=1), f"{name}.bn1"))
+            y = normed(F.conv2d(y, weights[f"{name}.conv2.weight"], padding=1), f"{name}.bn2")
+            if stride == 2:
+                h = normed(F.conv2d(h, weights[f"{name}.shortcut.0.weight"], stride=2), f"{name}.shortcut.1")
+            h = F.relu(y + h)
+    h = h.unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean((3, 5)).flatten(1)  # means over 2x2 fields
+    assert h.shape == (4, 640)
+    assert torch.allclose(model(x, 3), F.linear(h, weights["heads.3.weight"]), atol=1e-4)
+
+
+def test_rates_of_dropout_and_initialisation_of_lenet():
+    alexnet = gpm.build_model(gpm.parse_args([]))
+    assert (alexnet.drop1.p, alexnet.drop2.p) == (0.2, 0.5)
+    lenet = main_cifar100_superclass.build_model(main_cifar100_superclass.parse_args([]))
+    for W in lenet.parameters():  # kaiming_uniform_ for ReLU: within sqrt(6 / fan_in), PyTorch's default within sqrt(1 / fan_in)
+        bound = math.sqrt(6 / W[0].numel())
+        assert 0.95 * bound < W.abs().max() <= bound
+
+
 @pytest.mark.parametrize("p", [0.2, 0.5])
 def test_dropout(p):
     drop, x = gpm.Dropout(p), torch.ones(1000, 1001)
