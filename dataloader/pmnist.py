@@ -3,6 +3,7 @@
 The validation part is the first share of the training images, unshuffled: 54,000 / 6,000 / 10,000 by default.
 """
 import numpy as np
+import torch
 
 from dataloader.raw import load_raw
 from dataloader.task import Part, Task, canonical_order, normalise, split
@@ -20,11 +21,11 @@ def load(data_dir, args):
     tasks = []
     for t in range(N_TASKS):
         # A generator per task: the first tasks are the same however many follow.
-        pixels = np.random.default_rng([args.seed, t]).permutation(28 * 28)
+        pixels = torch.from_numpy(np.random.default_rng([args.seed, t]).permutation(28 * 28))
         tasks.append(Task(f"permutation {t + 1}", 10, raw.info, lambda x, pixels=pixels: permuted(x, pixels), *parts))
     return tasks
 
 
 def permuted(images, pixels):
-    """float32 (n, 784) of uint8 images (n, 28, 28): normalised, then input i is pixel pixels[i]."""
-    return normalise(images, MEAN, STD).flatten(1)[:, pixels]
+    """float32 (n, 784) of uint8 images (n, 28, 28): normalised, then input i is pixel pixels[i] (int64 tensor)."""
+    return normalise(images, MEAN, STD).flatten(1).index_select(1, pixels)

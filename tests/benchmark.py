@@ -199,14 +199,15 @@ def convert(name, loader, **how):
 PERMUTATIONS = [np.random.default_rng([main_pmnist.parse_args([]).seed, t]).permutation(784) for t in range(pmnist.N_TASKS)]
 BENCHMARKS = {
     "pmnist": Benchmark(main_pmnist, PlainMLP, [0.69, 0.99, 0.87], 200, 54_000, [
-        convert("mnist", partial(pmnist.permuted, pixels=pixels), mean=pmnist.MEAN, std=pmnist.STD, side=28, pixels=torch.from_numpy(pixels))
-        for pixels in PERMUTATIONS]),
+        convert("mnist", partial(pmnist.permuted, pixels=pixels), mean=pmnist.MEAN, std=pmnist.STD, side=28,
+                pixels=torch.from_numpy(pixels)) for pixels in PERMUTATIONS]),
     "cifar100": Benchmark(main_cifar100, PlainAlexNet, [0.83, 0.87, 0.78, 0.59, 0.50], 2, 4_750, [
         convert("cifar100", cifar100.to_input, mean=cifar100.MEAN, std=cifar100.STD)]),
     "cifar100_superclass": Benchmark(main_cifar100_superclass, PlainLeNet, [0.55, 0.60, 0.36, 0.60], 2, 2_375, [
         convert("cifar100", cifar100_superclass.to_input, mean=[0.0], std=[1.0])]),
     "five_datasets": Benchmark(main_five_datasets, PlainResNet18, [0.78], 2, 1_280, [
-        convert(name, partial(five_datasets.to_input, mean=mean, std=std), mean=mean, std=std) for _, name, mean, std in five_datasets.DATASETS]),
+        convert(name, partial(five_datasets.to_input, mean=mean, std=std), mean=mean, std=std)
+        for _, name, mean, std in five_datasets.DATASETS]),
 }
 
 
