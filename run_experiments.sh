@@ -41,8 +41,8 @@ cd "$(dirname "$0")" || exit 1
 
 # One run on two CPU cores, in minutes
 CPU_MINUTES_pmnist=2
-CPU_MINUTES_cifar100=180
-CPU_MINUTES_cifar100_superclass=20
+CPU_MINUTES_cifar100=120
+CPU_MINUTES_cifar100_superclass=40
 CPU_MINUTES_five_datasets=1440
 
 fail() {  # STATUS MESSAGE

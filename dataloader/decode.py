@@ -44,7 +44,7 @@ def notmnist(content, split):
     """Return images and labels of one split ("train" or "test") of the released notmnist.zip.
 
     Its pickles hold `features`: grey values 0..255 (or 0..1) of any number type, one image of 28x28 or 32x32 each, with or
-    without an axis for the channel, flat or not; and `labels`: classes 0..9.
+    without an axis for the channel, flat or not; and `labels`: classes 0..9. Which of these the file holds is not verified.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         part = unpickle(archive.read(f"notmnist_{split}.pkl"))

@@ -121,6 +121,7 @@ class Run(NamedTuple):
     """What the report needs of a results.json."""
     benchmark: str
     name: str
+    place: str  # its folder, relative to the one that the report is on
     seed: int
     order: int  # of the tasks; None where the benchmark has only one
     official_data: bool
@@ -140,7 +141,7 @@ class Run(NamedTuple):
     @property
     def path(self):
         """Where the run lies, as the report names it."""
-        return f"`{self.benchmark}/{self.name}`"
+        return f"`{self.place}`"
 
     @property
     def setting(self):
@@ -151,7 +152,7 @@ class Run(NamedTuple):
 
 def read_run(path, models_dir):
     """The Run of a results.json. Raises an exception of some kind where the file is not what a run writes."""
-    benchmark, *name = path.parent.relative_to(models_dir).parts
+    *place, benchmark, name = path.parent.relative_to(models_dir).parts  # place: where --models_dir pointed, if below this folder
     results = json.loads(path.read_bytes())
     published = PUBLISHED.get(benchmark, {})
     args = {**published, **results["args"]}  # a flag that is younger than the run: its default is what the run did
@@ -168,7 +169,7 @@ def read_run(path, models_dir):
     if len(ranks) != T:
         raise ValueError(f"it has ranks of {len(ranks)} tasks and accuracies of {T}")
     return Run(
-        benchmark, "/".join(name), int(args["seed"]), int(args["t_order"]) if "t_order" in args else None,
+        benchmark, name, "/".join([*place, benchmark, name]), int(args["seed"]), int(args["t_order"]) if "t_order" in args else None,
         bool(args.get("official_data")),
         {flag: value for flag, value in args.items() if flag not in FREE and (flag not in published or value != published[flag])},
         args["n_tasks"], results["finished"], acc, ACC, BWT, widths, ranks, float(results["memory"][-1]["percent_of_max"]),
@@ -190,7 +191,7 @@ def collect(models_dir):
         result = f"ACC {run.ACC:.2f}, BWT {run.BWT:.2f}" + (f" ({flags(run.changed)})" if run.changed else "")
         if run.benchmark not in PUBLISHED:
             notes.append(f"{run.path}: not one of the paper's benchmarks, ACC {run.ACC:.2f}, BWT {run.BWT:.2f}")
-        elif run.name.startswith("quick"):
+        elif run.name.startswith("quick_"):
             notes.append(f"{run.path}: a quick run, {result}")
         elif not run.finished:
             notes.append(f"{run.path}: unfinished, {len(run.acc)} of {run.n_tasks} tasks, so far {result}")

@@ -284,7 +284,7 @@ def test_ctrl_c_ends_with_a_line_and_the_run_goes_on(pmnist):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert err == "\ninterrupted: the same command goes on after the last full epoch\n"
+    assert err == "\ninterrupted: the same command, without --overwrite, goes on after the last full epoch\n"
 
 
 def test_an_unfinished_run_can_be_evaluated(pmnist, monkeypatch, capsys):
@@ -318,7 +318,7 @@ def test_other_arguments_are_refused_and_named(bench, capsys):
     assert (folder / "results.json").read_bytes() == kept
     bench.run("--lr", "0.005", "--overwrite")
     assert json.loads((folder / "results.json").read_text())["args"]["lr"] == 0.005
-    assert (folder / "log.txt").read_text().count("commit") == 1
+    assert (folder / "log.txt").read_text().count("commit") == 2  # the log keeps what was there
 
 
 def test_a_result_without_its_checkpoint_is_trained_anew(pmnist, capsys):
@@ -331,7 +331,7 @@ def test_a_result_without_its_checkpoint_is_trained_anew(pmnist, capsys):
     assert out.count("train loss") == 4 and f"{folder} holds a result without its checkpoint: training anew" in out
     assert results_of(folder) == before
     (folder / "checkpoint.pt").unlink()
-    for content in ('{"args": {', "[1]", "3"):  # nobody can tell what it was
+    for content in ('{"args": {', "[1]", "3", '{"args": null}', '"args"', '{"ACC": 1}'):  # nobody can tell what it was
         (folder / "checkpoint.pt").unlink(missing_ok=True)
         (folder / "results.json").write_text(content)
         pmnist.run()
@@ -357,6 +357,26 @@ def test_other_data_are_refused(pmnist, monkeypatch, capsys):
     write_npz(pmnist.folder / "data", "mnist", small_arrays("mnist", 310, 60))
     for more in ([], ["--evaluate"]):
         assert_refused(capsys, 2, "was trained on other data: .*train 270 there, 279 here", pmnist.run, *more)
+
+
+@pytest.mark.parametrize("flags", ["--n_samples 100000", "--data_dir data/mnist.npz"])
+def test_overwrite_replaces_nothing_before_all_is_checked(pmnist, flags, monkeypatch, capsys):
+    folder = pmnist.run()
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"}
+    monkeypatch.chdir(pmnist.folder)
+    with pytest.raises(SystemExit) as stop:
+        pmnist.run("--overwrite", *flags.split())
+    assert stop.value.code == 2
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "log.txt"} == before
+
+
+def test_a_checkpoint_of_another_script(pmnist, capsys):
+    folder = pmnist.run()
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    del checkpoint["results"]["args"]["n_hidden"]
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    assert_refused(capsys, 2, "holds a run of another script, or of another version", pmnist.run, "--evaluate")
+    assert_refused(capsys, 2, "--n_hidden None there, 100 here", pmnist.run)
 
 
 def test_two_processes_on_one_run(pmnist, capsys):
@@ -385,16 +405,17 @@ def test_two_processes_on_one_run(pmnist, capsys):
     ("--pc_valid 1", "--pc_valid must lie between 0 and 1"),
     ("--lr 0", "--lr must be a positive number"),
     ("--lr nan", "--lr must be a positive number"),
-    ("--lr 1e-9", "--lr_min .* is above --lr 1e-09"),
+    ("--lr 1e-9 --lr_patience 1", "--lr_min .* is above --lr 1e-09"),
     ("--lr_factor 1", "--lr_factor must be above 1"),
     ("--lr_patience -1", "--lr_patience must be 0"),
     ("--momentum 1", r"--momentum must lie in \[0, 1\)"),
     ("--seed -1", "--seed must lie between"),
     ("--n_tasks 0", "--n_tasks must lie between 1 and (10|20|5)"),
     ("--n_tasks 21", "--n_tasks must lie between 1 and (10|20|5)"),
-    ("--run_name a/b", "--run_name must be the name of one folder"),
-    ("--run_name ..", "--run_name must be the name of one folder"),
-    ("--run_name=", "--run_name must be the name of one folder"),
+    ("--run_name a/b", "--run_name must be a folder's name"),
+    ("--run_name ..", "--run_name must be a folder's name"),
+    ("--run_name=", "--run_name must be a folder's name"),
+    ("--threshold_increment inf --n_tasks 1", "--threshold_increment must be 0 or more"),
     ("--device cuda:77", "--device cuda:77 cannot be used"),
     ("--device tpu", "--device tpu cannot be used"),
     ("--lr fast", "argument --lr: invalid float value: 'fast'"),
@@ -417,6 +438,7 @@ def test_a_batch_of_one_cannot_be_normalised(cifar100, capsys):
     assert_refused(capsys, 2, "--batch_size_train 63 leaves a batch of one of 190 images", cifar100.run, "--batch_size_train", "63")
     assert_refused(capsys, 2, "--batch_size_test 9 leaves a batch of one of 10 images", cifar100.run, "--batch_size_test", "9")
     assert_refused(capsys, 2, "--batch_size_test 1 leaves a batch of one", cifar100.run, "--batch_size_test", "1")
+    assert_refused(capsys, 2, "--n_samples 1 is a batch of one image", cifar100.run, "--n_samples", "1")
 
 
 def test_a_folder_that_cannot_be_made(pmnist, tmp_path, capsys):
@@ -434,12 +456,17 @@ def test_missing_data(bench, tmp_path, monkeypatch, capsys):
         bench.run("--data_dir", str(tmp_path / "elsewhere"))
     message = capsys.readouterr().err
     assert stop.value.code == 2
-    assert message.startswith(f"{bench.script.__name__}.py: error: ") and "no network in this test" in message
+    assert f"{bench.script.__name__}.py: error: " in message and "no network in this test" in message
     assert all(f"no images of {name}" in message and f"{name}.npz" in message for name in bench.arrays)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(bench, capsys):
     assert_refused(capsys, 1, "the loss became (nan|inf) in epoch 1 of task 1: try a smaller --lr", bench.run, "--lr", "1e30")
+
+
+def test_a_loss_that_overflows_in_the_last_step(pmnist, capsys):
+    flags = ("--batch_size_train", "300", "--lr", "1e30", "--n_epochs", "1")  # one step: the training loss is that before it
+    assert_refused(capsys, 1, "the loss became (nan|inf) in epoch 1 of task 1", pmnist.run, *flags)
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(pmnist, monkeypatch, capsys):
@@ -464,7 +491,11 @@ def test_scripts_run_from_any_folder(bench, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-def test_a_run_on_cuda_resumes(bench, monkeypatch):
+def test_a_run_on_cuda_resumes(bench, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.script, "write_figure", lambda *args: sys.exit(9))
+        with pytest.raises(SystemExit):
+            bench.run("--device", "cuda")
     folder = bench.run("--device", "cuda")
-    assert results_of(folder)["device"]["type"] == "cuda" and 0 < results_of(folder)["ACC"] <= 100
-    bench.run("--device", "cpu", "--evaluate")
+    assert "going on with task" in capsys.readouterr().out
+    assert results_of(folder)["device"]["type"] == "cuda" and results_of(folder)["finished"]
