@@ -70,7 +70,7 @@ def test_run_cards_carry_measured_numbers(script, printed):
 
 
 def test_flags_exist():
-    known = {"--list", "--setup", "--all", "--figure"} | {"--jobs", "--gpus", "--array", "--wrap"}  # of parallel and sbatch
+    known = {"--help", "--list", "--setup", "--all", "--figure"} | {"--jobs", "--gpus", "--array", "--wrap"}  # of parallel and sbatch
     sources = "".join((ROOT / f"{script}.py").read_text() for script in SCRIPTS)
     known |= {f"--{flag}" for flag in re.findall(r'add_argument\("--(\w+)"', sources)}
     named = set(re.findall(r"--[a-z]\w+", README))
