@@ -159,6 +159,7 @@ def test_the_same_command_again(pmnist, capsys):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("bench", ["main_pmnist", "main_cifar100"], indirect=True)  # one head, and many with BatchNorm
 def test_evaluate(bench, capsys):
     folder = bench.run()
     capsys.readouterr()
@@ -222,11 +223,10 @@ def test_flags_reach_the_training(pmnist):
                                          ("main_cifar100_superclass", ""), ("main_five_datasets", "")])
 def test_a_run_killed_at_any_file_it_writes_ends_like_an_uninterrupted_one(name, flags, tmp_path, monkeypatch):
     bench = Bench(name, tmp_path)
-    whole = bench.run(*flags.split(), models="whole")
     write_file, written = bench.script.write_file, []
     with monkeypatch.context() as patch:
         patch.setattr(bench.script, "write_file", lambda path, write: written.append(path) or write_file(path, write))
-        bench.run(*flags.split(), "--run_name", "count")
+        whole = bench.run(*flags.split(), models="whole")
     assert len(written) >= 9
 
     class Killed(BaseException):
@@ -246,7 +246,7 @@ def test_a_run_killed_at_any_file_it_writes_ends_like_an_uninterrupted_one(name,
 
     moments = [(0, False), *((k, True) for k in range(len(written)))]  # what is there before the next file is there after this one
     if name != "main_pmnist" or flags:  # within task 2
-        moments = [(written.index(bench.run_folder("count") / "results.json") + 3, False)]
+        moments = [(written.index(whole / "results.json") + 3, False)]
     for k, after in moments:
         models = f"killed_{k}_{after}"
         with monkeypatch.context() as patch:
