@@ -123,7 +123,7 @@ def check_args(args, n_tasks):
 # 3. Network
 # ----------------------------------------------------------------------------------------------------------------------
 class Dropout(nn.Dropout):
-    """nn.Dropout, with 16 random bits per value on a CPU, where drawing more of them takes a quarter of a training step."""
+    """nn.Dropout, with 16 random bits per value on a CPU, where drawing random numbers is slow."""
 
     def forward(self, x):
         """x with each value set to 0 with probability p, to the nearest 1/65536, and else divided by 1 - p."""

@@ -137,7 +137,7 @@ class LocalResponseNorm(nn.Module):
     """x_c / (1 + alpha/4 * sum of x^2 over channels c-2 ... c+1)^0.75, alpha = .001/9: nn.LocalResponseNorm(4, .001/9, .75, 1).
 
     The sum over channels is a banded 1x1 convolution, and s^-0.75 = r sqrt(r) with r = s^-0.5. The general form, a 3-d
-    pooling and a power, takes three times as long on a CPU.
+    pooling and a power, takes longer on a CPU.
     """
 
     def __init__(self, channels):
