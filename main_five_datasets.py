@@ -23,6 +23,7 @@ the benchmarks. Equation numbers are the paper's. Symbols: a layer's input has w
 # ----------------------------------------------------------------------------------------------------------------------
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import functools
 import io
@@ -221,16 +222,21 @@ def update_basis(M, R, eps):
     """
     device = "cpu" if R.device.type == "mps" else R.device  # MPS has no float64
     basis, R = M.to(device).double(), R.to(device).double()
-    R_hat = R - basis @ (basis.T @ R)  # Eq. 8
-    R_hat = R_hat - basis @ (basis.T @ R_hat)  # what is left of M, whose columns are orthonormal to float32 only
-    triangle = torch.linalg.qr(R_hat.T, mode="r")[1]  # R_hat^T = Q triangle: n columns become min(d, n), U and S stay
-    U, S, _ = torch.linalg.svd(triangle.T, full_matrices=False)
     energy = R.square().sum()
-    gained = torch.cat([S.new_zeros(1), S.square().cumsum(0)])  # by 0, 1, 2, ... new columns
-    held = energy - S.square().sum()  # ||M M^T R||_F^2
+    R_hat = R - basis @ (basis.T @ R)  # Eq. 8
+    Q = None
+    if R.shape[1] < len(R):
+        Q, R_hat = torch.linalg.qr(R_hat)  # (d, n) and (n, n): the columns of Q span what is left of R
+    # R_hat = U S V^T without V, from R_hat R_hat^T = U S^2 U^T: in float64 exact to far below float32's rounding
+    S2, U = torch.linalg.eigh(R_hat @ R_hat.T)
+    S2, U = S2.flip(0), U.flip(1)  # largest first
+    gained = torch.cat([S2.new_zeros(1), S2.cumsum(0)])  # by 0, 1, 2, ... new columns
+    held = energy - S2.sum()  # ||M M^T R||_F^2
     r = (held + gained < eps * energy).sum()  # Eq. 9
-    r = min(r, (S > 1e-8 * energy.sqrt()).sum())  # smaller ones are float32's rounding noise, not directions
-    return torch.cat([M, U[:, :r].to(M.dtype).to(M.device)], dim=1)
+    r = min(r, (S2 > 1e-12 * energy).sum())  # smaller ones are float32's rounding noise, not directions
+    U = U[:, :r] if Q is None else Q @ U[:, :r]
+    U = torch.linalg.qr(U - basis @ (basis.T @ U))[0]  # what is left of M, whose columns are orthonormal to float32 only
+    return torch.cat([M, U.to(M.dtype).to(M.device)], dim=1)
 
 
 def update_bases(model, task, x, bases, eps, n_samples):
@@ -561,6 +567,14 @@ def place_model(model, device):
     return model.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.preserve_format)
 
 
+def keep_freed_memory():
+    """Make glibc reuse the memory of freed tensors; by default it hands much of it back, and each step fetches it anew."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before it shrinks
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: bytes from which on a tensor is not taken from the heap, 32 MiB at most
+
+
 def per_layer(flag, values, layers):
     """One value for each layer from the values of a flag: as many as there are layers, or one for all."""
     if len(values) not in (1, len(layers)):
@@ -667,6 +681,7 @@ def main(args):
     if args.evaluate:
         evaluate_run(args, folder)
         return
+    keep_freed_memory()
     device = find_device(args.device)
     torch.manual_seed(args.seed)
     model = place_model(build_model(args), device)
