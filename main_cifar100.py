@@ -43,6 +43,7 @@ from dataloader.raw import DataError
 # 2. Configuration
 # ----------------------------------------------------------------------------------------------------------------------
 PAPER = {"ACC": "72.48 ± 0.40", "BWT": "-0.9 ± 0"}
+N_TASKS = 10
 
 
 def parse_args(argv=None):
@@ -64,7 +65,7 @@ def parse_args(argv=None):
     parser.add_argument("--threshold_increment", type=float, default=0.003, help="what eps grows by with each task")
     parser.add_argument("--n_samples", type=int, nargs="+", default=[24, 100, 100, 125, 125],
                         help="training images that a layer's representation is taken from: one value, or one per layer")
-    parser.add_argument("--n_tasks", type=int, default=10, help="train on the first tasks only")
+    parser.add_argument("--n_tasks", type=int, default=N_TASKS, help="train on the first tasks only")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--data_dir", default="data", help="where data sets are looked for and cached")
     parser.add_argument("--models_dir", default="models", help="where the folder of the run is made")
@@ -73,9 +74,9 @@ def parse_args(argv=None):
     what.add_argument("--overwrite", action="store_true", help="start anew, replacing a run of the same name")
     what.add_argument("--evaluate", action="store_true", help="load the run's weights and print their accuracies")
     args = parser.parse_args(argv)
-    check_args(args, n_tasks=10)
+    check_args(args)
     if args.run_name is None:
-        args.run_name = f"seed_{args.seed}" + (f"_tasks_{args.n_tasks}" if args.n_tasks < 10 else "")
+        args.run_name = f"seed_{args.seed}" + (f"_tasks_{args.n_tasks}" if args.n_tasks < N_TASKS else "")
     return args
 
 
@@ -85,8 +86,8 @@ def fail(message, status=2):
     raise SystemExit(status)
 
 
-def check_args(args, n_tasks):
-    """Refuse values that no run could work with, before anything is loaded. n_tasks: tasks of the benchmark."""
+def check_args(args):
+    """Refuse values that no run could work with, before anything is loaded."""
     for flag in ("n_epochs", "batch_size_train", "batch_size_test"):
         if getattr(args, flag) < 1:
             fail(f"--{flag} must be at least 1, not {getattr(args, flag)}")
@@ -105,8 +106,8 @@ def check_args(args, n_tasks):
         fail(f"--lr_factor must be above 1, not {args.lr_factor}")
     if args.lr_patience and args.lr_min > args.lr:
         fail(f"--lr_min {args.lr_min} is above --lr {args.lr}: no epoch would be trained")
-    if not 1 <= args.n_tasks <= n_tasks:
-        fail(f"--n_tasks must lie between 1 and {n_tasks}, not {args.n_tasks}")
+    if not 1 <= args.n_tasks <= N_TASKS:
+        fail(f"--n_tasks must lie between 1 and {N_TASKS}, not {args.n_tasks}")
     if min(args.n_samples) < 1:
         fail(f"--n_samples must be at least 1, not {min(args.n_samples)}")
     if not 0 <= args.threshold_increment < math.inf:
@@ -166,7 +167,7 @@ class AlexNet(nn.Module):
 
 def build_model(args):
     """The network with PyTorch's default initialisation. A head per task of the whole benchmark, however many are trained."""
-    return AlexNet(n_tasks=10, n_classes=10)
+    return AlexNet(n_tasks=N_TASKS, n_classes=10)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -632,8 +633,8 @@ def print_result(results):
     partial = {data["set"] for data in results["data"] if not data["complete"]}
     if partial:
         print(f"not comparable with the paper: {', '.join(sorted(partial))} with other than the official number of images")
-    if len(results["accuracy_matrix"]) < len(results["data"]):
-        print(f"not comparable with the paper: {len(results['accuracy_matrix'])} of {len(results['data'])} tasks")
+    if len(results["accuracy_matrix"]) < N_TASKS:
+        print(f"not comparable with the paper: {len(results['accuracy_matrix'])} of {N_TASKS} tasks")
     seconds = results["seconds"]
     print(f"time {sum(seconds.values()):.0f} s: " + ", ".join(f"{what} {s:.1f}" for what, s in seconds.items()))
     for metric in ("ACC", "BWT"):

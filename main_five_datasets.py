@@ -50,6 +50,7 @@ from dataloader.raw import DataError
 # 2. Configuration
 # ----------------------------------------------------------------------------------------------------------------------
 PAPER = {"ACC": "91.22 ± 0.20, probably on the data of --official_data", "BWT": "-1 ± 0"}
+N_TASKS = 5
 # Images that the representation of a layer is taken from, by how its name starts
 N_SAMPLES = {"conv1": 10, "stage1": 10, "stage2.0": 10, "stage2.1.conv1": 10, "stage2.1.conv2": 50, "stage3.0": 50, "stage3.1": 100, "stage4": 100}
 
@@ -73,7 +74,7 @@ def parse_args(argv=None):
     parser.add_argument("--threshold_increment", type=float, default=0.0, help="what eps grows by with each task")
     parser.add_argument("--n_samples", type=int, nargs="+", default=N_SAMPLES,
                         help="training images that a layer's representation is taken from: one value, or one per layer")
-    parser.add_argument("--n_tasks", type=int, default=5, help="train on the first tasks only")
+    parser.add_argument("--n_tasks", type=int, default=N_TASKS, help="train on the first tasks only")
     parser.add_argument("--official_data", action="store_true", help="MNIST again in place of Fashion-MNIST, as in the released code")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--data_dir", default="data", help="where data sets are looked for and cached")
@@ -86,10 +87,10 @@ def parse_args(argv=None):
     if args.n_samples is N_SAMPLES:
         names = projected_layers(build_model(args))
         args.n_samples = [next(n for start, n in N_SAMPLES.items() if name.startswith(start)) for name in names]
-    check_args(args, n_tasks=5)
+    check_args(args)
     if args.run_name is None:
         args.run_name = f"seed_{args.seed}" + ("_official_data" if args.official_data else "")
-        args.run_name += f"_tasks_{args.n_tasks}" if args.n_tasks < 5 else ""
+        args.run_name += f"_tasks_{args.n_tasks}" if args.n_tasks < N_TASKS else ""
     return args
 
 
@@ -99,8 +100,8 @@ def fail(message, status=2):
     raise SystemExit(status)
 
 
-def check_args(args, n_tasks):
-    """Refuse values that no run could work with, before anything is loaded. n_tasks: tasks of the benchmark."""
+def check_args(args):
+    """Refuse values that no run could work with, before anything is loaded."""
     for flag in ("n_epochs", "batch_size_train", "batch_size_test"):
         if getattr(args, flag) < 1:
             fail(f"--{flag} must be at least 1, not {getattr(args, flag)}")
@@ -119,8 +120,8 @@ def check_args(args, n_tasks):
         fail(f"--lr_factor must be above 1, not {args.lr_factor}")
     if args.lr_patience and args.lr_min > args.lr:
         fail(f"--lr_min {args.lr_min} is above --lr {args.lr}: no epoch would be trained")
-    if not 1 <= args.n_tasks <= n_tasks:
-        fail(f"--n_tasks must lie between 1 and {n_tasks}, not {args.n_tasks}")
+    if not 1 <= args.n_tasks <= N_TASKS:
+        fail(f"--n_tasks must lie between 1 and {N_TASKS}, not {args.n_tasks}")
     if min(args.n_samples) < 1:
         fail(f"--n_samples must be at least 1, not {min(args.n_samples)}")
     if not 0 <= args.threshold_increment < math.inf:
@@ -182,7 +183,7 @@ class ResNet18(nn.Module):
 
 def build_model(args):
     """The network with PyTorch's default initialisation. A head per task of the whole benchmark, however many are trained."""
-    return ResNet18(n_tasks=5, n_classes=10, n_filters=20)
+    return ResNet18(n_tasks=N_TASKS, n_classes=10, n_filters=20)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -648,8 +649,8 @@ def print_result(results):
     partial = {data["set"] for data in results["data"] if not data["complete"]}
     if partial:
         print(f"not comparable with the paper: {', '.join(sorted(partial))} with other than the official number of images")
-    if len(results["accuracy_matrix"]) < len(results["data"]):
-        print(f"not comparable with the paper: {len(results['accuracy_matrix'])} of {len(results['data'])} tasks")
+    if len(results["accuracy_matrix"]) < N_TASKS:
+        print(f"not comparable with the paper: {len(results['accuracy_matrix'])} of {N_TASKS} tasks")
     seconds = results["seconds"]
     print(f"time {sum(seconds.values()):.0f} s: " + ", ".join(f"{what} {s:.1f}" for what, s in seconds.items()))
     for metric in ("ACC", "BWT"):

@@ -42,9 +42,9 @@ ORDERS = (
 
 
 def load(data_dir, args):
-    """Return the tasks; inputs are (n, 3, 32, 32). Raises DataError.
+    """Return the first args.n_tasks tasks; inputs are (n, 3, 32, 32). Raises DataError.
 
-    Reads args.seed, args.pc_valid, args.t_order (0 .. 4) and args.official_data.
+    Also reads args.seed, args.pc_valid, args.t_order (0 .. 4) and args.official_data.
     """
     raw = load_raw("cifar100", data_dir)
     test_order = canonical_order(raw.x_test, raw.y_test)
@@ -53,7 +53,7 @@ def load(data_dir, args):
         rank[list(fine_labels)] = range(5)
     y_train, y_test = rank[raw.y_train], rank[raw.y_test]
     tasks = []
-    for t, superclass in enumerate(ORDERS[args.t_order]):
+    for t, superclass in enumerate(ORDERS[args.t_order][: args.n_tasks]):
         name, fine_labels = SUPERCLASSES[superclass]
         train, valid = random_split(np.flatnonzero(np.isin(raw.y_train, fine_labels)), args.pc_valid, args.seed, t)
         test = test_order[np.isin(raw.y_test[test_order], fine_labels)]

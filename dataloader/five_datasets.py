@@ -22,11 +22,12 @@ OFFICIAL = {"fashion_mnist": ("MNIST again", "mnist", [0.2190], [0.3318])}
 
 
 def load(data_dir, args):
-    """Return the tasks; inputs are (n, 3, 32, 32). Reads args.seed, args.pc_valid and args.official_data.
+    """Return the first args.n_tasks tasks, of whose data sets no others are needed; inputs are (n, 3, 32, 32).
 
-    Raises DataError, which says what was found of each data set, where one is missing.
+    Also reads args.seed, args.pc_valid and args.official_data. Raises DataError, which says what was found of each data set,
+    where one is missing.
     """
-    datasets = [OFFICIAL.get(dataset[1], dataset) if args.official_data else dataset for dataset in DATASETS]
+    datasets = [OFFICIAL.get(dataset[1], dataset) if args.official_data else dataset for dataset in DATASETS[: args.n_tasks]]
     raw = load_all([name for _, name, _, _ in datasets], data_dir)
     tasks = []
     for t, (title, name, mean, std) in enumerate(datasets):

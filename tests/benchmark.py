@@ -63,7 +63,7 @@ class PlainAlexNet(main_cifar100.AlexNet):
     """Each layer followed by BatchNorm, ReLU, dropout and pooling."""
 
     def __init__(self):
-        super().__init__(n_tasks=10, n_classes=10)
+        super().__init__(main_cifar100.N_TASKS, n_classes=10)
         self.drop1, self.drop2 = nn.Dropout(0.2), nn.Dropout(0.5)
 
     def forward(self, x, task):
@@ -80,7 +80,7 @@ class PlainLeNet(main_cifar100_superclass.LeNet):
     """With PyTorch's LocalResponseNorm."""
 
     def __init__(self):
-        super().__init__(n_tasks=20, n_classes=5)
+        super().__init__(main_cifar100_superclass.N_TASKS, n_classes=5)
         self.lrn1 = self.lrn2 = nn.LocalResponseNorm(4, alpha=0.001 / 9, beta=0.75, k=1.0)
 
     def forward(self, x, task):
@@ -96,7 +96,7 @@ class PlainResNet18(main_five_datasets.ResNet18):
     """With all heads."""
 
     def __init__(self):
-        super().__init__(n_tasks=5, n_classes=10, n_filters=20)
+        super().__init__(main_five_datasets.N_TASKS, n_classes=10, n_filters=20)
 
     def forward(self, x, task):
         """Logits (B, 10) for images x (B, 3, 32, 32)."""
@@ -196,7 +196,7 @@ def convert(name, loader, **how):
     return name, loader, partial(plain_inputs, **how)
 
 
-PERMUTATIONS = [np.random.default_rng([main_pmnist.parse_args([]).seed, t]).permutation(784) for t in range(pmnist.N_TASKS)]
+PERMUTATIONS = [np.random.default_rng([main_pmnist.parse_args([]).seed, t]).permutation(784) for t in range(main_pmnist.N_TASKS)]
 BENCHMARKS = {
     "pmnist": Benchmark(main_pmnist, PlainMLP, [0.69, 0.99, 0.87], 200, 54_000, [
         convert("mnist", partial(pmnist.permuted, pixels=pixels), mean=pmnist.MEAN, std=pmnist.STD, side=28,
@@ -245,8 +245,7 @@ class Here(Form):
 
     def network(self, benchmark, device):
         """The script's network, in the layout that its main chooses."""
-        model = self.script.build_model(self.args)
-        return model.to(memory_format=torch.channels_last) if device.type == "cpu" else model
+        return self.script.place_model(self.script.build_model(self.args), device)
 
     @staticmethod
     def load(benchmark, data_dir):

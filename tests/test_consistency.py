@@ -22,10 +22,6 @@ def sections(script):
     return {number: text[start:end] for (number, start), end in zip(starts, ends)}
 
 
-def flags(script):
-    return re.findall(r'add_argument\("--(\w+)"', source(script))
-
-
 def test_there_are_scripts_to_compare():
     assert {"main_pmnist.py", "main_cifar100.py", "main_cifar100_superclass.py", "main_five_datasets.py"} <= set(SCRIPTS)
 
@@ -60,25 +56,58 @@ def test_functions_of_the_configuration_are_equal(script):
     assert all(copy[name] == base[name] for name in ("fail", "check_args"))
 
 
+def arguments(script):
+    """{flag: its add_argument call, without the default and the help text}."""
+    calls = [node for node in ast.walk(ast.parse(sections(script)[2])) if isinstance(node, ast.Call)
+             and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"]
+    for call in calls:
+        call.keywords = [keyword for keyword in call.keywords if keyword.arg not in ("default", "help")]
+    return {call.args[0].value.removeprefix("--"): ast.unparse(call) for call in sorted(calls, key=lambda call: call.lineno)}
+
+
+OWN_FLAGS = {"main_pmnist.py": ["n_hidden"], "main_cifar100_superclass.py": ["t_order", "official_data"],
+             "main_five_datasets.py": ["official_data"]}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_agree(script):
-    own = {"main_pmnist.py": ["n_hidden"], "main_cifar100_superclass.py": ["t_order", "official_data"],
-           "main_five_datasets.py": ["official_data"]}.get(script, [])
-    common = flags("main_cifar100.py")
-    assert [flag for flag in flags(script) if flag not in own] == common
-    assert set(own) <= set(flags(script))
+    own, common = OWN_FLAGS.get(script, []), arguments("main_cifar100.py")
+    assert len(common) == 20
+    flags = arguments(script)
+    assert list({flag: call for flag, call in flags.items() if flag not in own}.items()) == list(common.items())
+    assert set(own) <= set(flags)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read(script):
-    used = {node.attr for node in ast.walk(ast.parse(source(script)))
+    """Reading a flag in order to check it, or to name the run after it, is not enough."""
+    loader = ROOT / "dataloader" / f"{script.removeprefix('main_')}"
+    code = "\n".join([*(sections(script)[number] for number in (3, 4, 5, 6, 7)), loader.read_text()])
+    used = {node.attr for node in ast.walk(ast.parse(code))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"}
-    assert set(flags(script)) <= used
+    assert set(arguments(script)) == used
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "main_cifar100.py"])
-def test_docstrings_list_the_changes(script):
+def test_scripts_differ_only_in_what_their_docstrings_list(script):
+    """The network (section 3), own flags, defaults, help texts and the name of a run; nothing else, that is."""
     assert "Changes relative to main_cifar100.py:" in ast.get_docstring(ast.parse(source(script)))
+    listed = ast.get_docstring(ast.parse(source(script))).split("Changes relative to main_cifar100.py:")[1].split("\n\n")[0]
+    assert all(f"--{flag}" in listed for flag in OWN_FLAGS[script]) and "in place of AlexNet" in listed and "defaults of the flags" in listed
+
+    own, base = (sections(name)[1].replace(f"from dataloader import {name[5:-3]} as", "from dataloader import X as")
+                 for name in (script, "main_cifar100.py"))
+    assert own == base
+
+    def statements(name):
+        """What parse_args does after the flags are defined, but for the run's name and what own flags need."""
+        body = next(node for node in ast.parse(sections(name)[2]).body if getattr(node, "name", "") == "parse_args").body
+        code = [ast.unparse(node) for node in body if "add_argument" not in ast.unparse(node)]
+        return [line for line in code if not line.startswith("if ")]
+
+    ours, theirs = statements(script), statements("main_cifar100.py")
+    assert len(theirs) == 7
+    assert [line for line in ours if not line.startswith("parser = ")] == [line for line in theirs if not line.startswith("parser = ")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

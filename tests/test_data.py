@@ -48,8 +48,11 @@ def no_network(monkeypatch):
     monkeypatch.setattr(raw, "fetch_package", failing)
 
 
-def arguments(**values):
-    return Namespace(**{"seed": 1, "pc_valid": 0.1, "t_order": 0, "official_data": False, **values})
+N_TASKS = {pmnist: 10, cifar100: 10, cifar100_superclass: 20, five_datasets: 5}
+
+
+def arguments(benchmark, **values):
+    return Namespace(**{"seed": 1, "pc_valid": 0.1, "n_tasks": N_TASKS[benchmark], "t_order": 0, "official_data": False, **values})
 
 
 def assert_same_arrays(loaded, arrays):
@@ -507,9 +510,9 @@ def write_prepared(folder, benchmark, n_train=2000, n_test=400, change=lambda ar
 @every_benchmark
 def test_parts(benchmark, tmp_path):
     arrays = write_prepared(tmp_path, benchmark)
-    tasks = benchmark.load(tmp_path, arguments())
+    tasks = benchmark.load(tmp_path, arguments(benchmark))
     shape = (784,) if benchmark is pmnist else (3, 32, 32)
-    assert len(tasks) == {pmnist: 10, cifar100: 10, cifar100_superclass: 20, five_datasets: 5}[benchmark]
+    assert len(tasks) == N_TASKS[benchmark]
     assert len({t.name for t in tasks}) == len(tasks)
     for t in tasks:
         share = {cifar100: 10, cifar100_superclass: 20}.get(benchmark, 1)
@@ -524,9 +527,16 @@ def test_parts(benchmark, tmp_path):
 
 
 @every_benchmark
+def test_the_first_tasks_are_the_same_however_many_follow(benchmark, tmp_path):
+    write_prepared(tmp_path, benchmark)
+    tasks = benchmark.load(tmp_path, arguments(benchmark))
+    assert_same_tasks(benchmark.load(tmp_path, arguments(benchmark, n_tasks=3)), tasks[:3])
+
+
+@every_benchmark
 def test_train_and_validation_are_disjoint_and_complete(benchmark, tmp_path):
     write_prepared(tmp_path, benchmark)
-    split, whole = benchmark.load(tmp_path, arguments()), benchmark.load(tmp_path, arguments(pc_valid=0.0))
+    split, whole = benchmark.load(tmp_path, arguments(benchmark)), benchmark.load(tmp_path, arguments(benchmark, pc_valid=0.0))
     for t, w in zip(split, whole):
         def images(*parts):
             return sorted(itertools.chain(*([(image.numpy().tobytes(), int(label)) for image, label in zip(*part)] for part in parts)))
@@ -541,14 +551,14 @@ def test_seeds(benchmark, tmp_path, monkeypatch):
     """The same seed gives the same tensors, from the sets' own files and from the cache, whatever the global generators do."""
     for name in BENCHMARKS[benchmark]:
         data_files.write_own_files(tmp_path, name, data_files.small_arrays(name, 1000, 300), monkeypatch)
-    tasks = benchmark.load(tmp_path, arguments())
+    tasks = benchmark.load(tmp_path, arguments(benchmark))
     torch.manual_seed(5), np.random.seed(5)
     assert (tmp_path / f"{BENCHMARKS[benchmark][0]}.npz").exists()
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
-    cached = benchmark.load(tmp_path, arguments())
+    cached = benchmark.load(tmp_path, arguments(benchmark))
     assert_same_tasks(tasks, cached)
     assert torch.equal(torch.get_rng_state(), states[0]) and np.array_equal(np.random.get_state()[1], states[1])
-    for t, other in zip(tasks, benchmark.load(tmp_path, arguments(seed=2))):
+    for t, other in zip(tasks, benchmark.load(tmp_path, arguments(benchmark, seed=2))):
         assert not torch.equal(t.train[0], other.train[0]) and not torch.equal(t.valid[0], other.valid[0])
         assert torch.equal(t.test[0], other.test[0]) == (benchmark is not pmnist)
 
@@ -561,8 +571,8 @@ def test_the_test_part_does_not_depend_on_the_file_order(benchmark, tmp_path):
 
     write_prepared(tmp_path / "mixed", benchmark)
     write_prepared(tmp_path / "sorted", benchmark, change=sort_by_class)
-    tasks = benchmark.load(tmp_path / "mixed", arguments())
-    assert_same_tasks(tasks, benchmark.load(tmp_path / "sorted", arguments()))
+    tasks = benchmark.load(tmp_path / "mixed", arguments(benchmark))
+    assert_same_tasks(tasks, benchmark.load(tmp_path / "sorted", arguments(benchmark)))
     for t in tasks:
         assert (t.test[1].diff() != 0).float().mean() > 0.5  # neighbours are mostly of different classes
 
@@ -577,7 +587,7 @@ def test_equal_test_images_are_ordered_by_label():
 def test_parts_that_would_be_empty(benchmark, tmp_path):
     write_prepared(tmp_path, benchmark, n_train=100, n_test=100)
     with pytest.raises(DataError, match="a validation share of 0.001 is less than one of a task's .* training images"):
-        benchmark.load(tmp_path, arguments(pc_valid=0.001))
+        benchmark.load(tmp_path, arguments(benchmark, pc_valid=0.001))
 
 
 @pytest.mark.parametrize("benchmark", [cifar100, cifar100_superclass])
@@ -590,7 +600,7 @@ def test_classes_that_a_file_lacks(benchmark, split, kind, tmp_path):
     write_prepared(tmp_path, benchmark, change=without_fish_and_others)
     name = "classes 10-19" if benchmark is cifar100 else "fish"
     with pytest.raises(DataError, match=f"cifar100 .* has no {kind} images for the task '{name}'"):
-        benchmark.load(tmp_path, arguments())
+        benchmark.load(tmp_path, arguments(benchmark))
 
 
 def torchvision_input(image, mean, std):
@@ -618,7 +628,7 @@ def test_pmnist_pixels(tmp_path):
     arrays["x_train"][4:6] = numbers // 256, numbers % 256
     data_files.write_npz(tmp_path, "mnist", arrays)
     permutations = []
-    for t in pmnist.load(tmp_path, arguments()):
+    for t in pmnist.load(tmp_path, arguments(pmnist)):
         assert torch.equal(t.valid[1], torch.from_numpy(arrays["y_train"][:4]))  # the first tenth, unshuffled
         assert torch.equal(t.train[1], torch.from_numpy(arrays["y_train"][4:]))
         x = t.train[0]
@@ -635,7 +645,7 @@ def test_cifar100_pixels_and_labels(tmp_path, monkeypatch):
     arrays = data_files.small_arrays("cifar100", 300, 200)
     data_files.write_own_files(tmp_path, "cifar100", arrays, monkeypatch)
     position = {image.tobytes(): i for i, image in enumerate(arrays["x_test"])}
-    for number, t in enumerate(cifar100.load(tmp_path, arguments())):
+    for number, t in enumerate(cifar100.load(tmp_path, arguments(cifar100))):
         x, y = t.test
         for image, label in zip(x, y):
             pixels = image.permute(1, 2, 0) * torch.tensor(cifar100.STD) + torch.tensor(cifar100.MEAN)
@@ -651,7 +661,7 @@ def test_superclasses(t_order, tmp_path, monkeypatch):
     arrays = data_files.small_arrays("cifar100", 1000, 300)
     data_files.write_own_files(tmp_path, "cifar100", arrays, monkeypatch)
     position = {image.tobytes(): i for i, image in enumerate(arrays["x_test"])}
-    tasks = cifar100_superclass.load(tmp_path, arguments(t_order=t_order))
+    tasks = cifar100_superclass.load(tmp_path, arguments(cifar100_superclass, t_order=t_order))
     fine_labels = dict(cifar100_superclass.SUPERCLASSES)
     assert [t.name for t in tasks] == [list(fine_labels)[i] for i in cifar100_superclass.ORDERS[t_order]]
     for t in tasks:
@@ -687,7 +697,8 @@ def test_scrambled_images(tmp_path, monkeypatch):
     assert round(100 * (landed.flatten().numpy() == numbers).mean(), 2) == 0.07
 
     data_files.write_own_files(tmp_path, "cifar100", data_files.small_arrays("cifar100", 200, 200), monkeypatch)
-    for t, s in zip(cifar100_superclass.load(tmp_path, arguments()), cifar100_superclass.load(tmp_path, arguments(official_data=True))):
+    right, wrong = (cifar100_superclass.load(tmp_path, arguments(cifar100_superclass, official_data=flag)) for flag in (False, True))
+    for t, s in zip(right, wrong):
         assert torch.equal(s.test[1], t.test[1]) and torch.equal(s.train[1], t.train[1])
         pixels = (t.test[0] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
         assert torch.equal(s.test[0], cifar100_superclass.scrambled(pixels)) and not torch.equal(s.test[0], t.test[0])
@@ -703,7 +714,7 @@ def test_five_datasets_pixels(official_data, side, tmp_path, monkeypatch):
         if name == "notmnist" and side == 32:
             arrays[name] = {key: np.pad(a, ((0, 0), (2, 2), (2, 2))) if a.ndim == 3 else a for key, a in arrays[name].items()}
         data_files.write_own_files(tmp_path, name, arrays[name], monkeypatch, packed=name == "mnist")
-    tasks = five_datasets.load(tmp_path, arguments(official_data=official_data))
+    tasks = five_datasets.load(tmp_path, arguments(five_datasets, official_data=official_data))
     assert [t.name for t in tasks] == ["CIFAR-10", "MNIST", "SVHN", "MNIST again" if official_data else "Fashion-MNIST", "notMNIST"]
     assert [t.data["set"] for t in tasks] == names
     means = [np.array([125.3, 123.0, 113.9]) / 255, [0.1], [0.4377, 0.4438, 0.4728], [0.2190], [0.4254]]
@@ -727,12 +738,13 @@ def test_five_datasets_lists_all_that_is_missing(tmp_path, capsys):
     (tmp_path / "svhn.npz").unlink()
     (tmp_path / "fashion_mnist.npz").write_bytes(b"half of it")
     with pytest.raises(DataError) as error:
-        five_datasets.load(tmp_path, arguments())
+        five_datasets.load(tmp_path, arguments(five_datasets))
     message = str(error.value)
     assert message.startswith("2 of 5 data sets cannot be had:\ncifar10: 50 / 20 images, prepared arrays cifar10.npz\n")
     assert "svhn: no images of svhn. Tried:" in message and f"own files: {tmp_path}/train_32x32.mat is not there" in message
     assert f"fashion_mnist: {tmp_path}/fashion_mnist.npz cannot be used" in message
     assert message.endswith("notmnist: 50 / 20 images, prepared arrays notmnist.npz")
+    assert [t.name for t in five_datasets.load(tmp_path, arguments(five_datasets, n_tasks=2))] == ["CIFAR-10", "MNIST"]  # needs no others
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -744,7 +756,7 @@ def test_tasks_share_the_images(tmp_path):
     import tracemalloc
     data_files.write_npz(tmp_path, "mnist", data_files.small_arrays("mnist", 20_000, 1000))
     tracemalloc.start()  # sees numpy's memory, not torch's
-    tasks = pmnist.load(tmp_path, arguments())
+    tasks = pmnist.load(tmp_path, arguments(pmnist))
     images = 21_000 * 784
     assert tracemalloc.get_traced_memory()[0] < 1.2 * images
     tracemalloc.reset_peak()
