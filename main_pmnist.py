@@ -178,8 +178,10 @@ def layer_inputs(model, x, task):
 def representation_matrix(layer, x):
     """R (d, n): the layer's inputs x as columns; for a convolution its patches, n = samples * output positions."""
     if isinstance(layer, nn.Conv2d):
-        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (samples, d, positions)
-        return patches.transpose(0, 1).flatten(1)
+        (kh, kw), (sh, sw), (ph, pw) = layer.kernel_size, layer.stride, layer.padding
+        x = F.pad(x.contiguous(), (pw, pw, ph, ph))
+        patches = x.unfold(2, kh, sh).unfold(3, kw, sw)  # (samples, C, rows, columns, kh, kw), a view: F.unfold copies twice
+        return patches.permute(1, 4, 5, 0, 2, 3).flatten(3).flatten(0, 2)  # (d, n)
     return x.flatten(1).T
 
 

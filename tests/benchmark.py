@@ -243,6 +243,10 @@ class Here(Form):
     representation_matrix = staticmethod(main_cifar100.representation_matrix)  # equal in all scripts, a test sees to it
     update_basis = staticmethod(main_cifar100.update_basis)
 
+    def __init__(self, benchmark, device):
+        super().__init__(benchmark, device)
+        self.script.keep_freed_memory()  # for the whole process: where the forms take turns, the plain one gains as well
+
     def network(self, benchmark, device):
         """The script's network, in the layout that its main chooses."""
         return self.script.place_model(self.script.build_model(self.args), device)
