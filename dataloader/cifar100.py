@@ -17,7 +17,7 @@ def load(data_dir, args):
     for t in range(args.n_tasks):
         train, valid = random_split(np.flatnonzero(task_train == t), args.pc_valid, args.seed, t)
         test = test_order[task_test[test_order] == t]
-        tasks.append(Task(f"classes {10 * t}-{10 * t + 9}", 10, raw.info, to_input, Part(raw.x_train, y_train, train),
+        tasks.append(Task(f"classes {10 * t}-{10 * t + 9}", raw.info, to_input, Part(raw.x_train, y_train, train),
                           Part(raw.x_train, y_train, valid), Part(raw.x_test, y_test, test)))
     return tasks
 

@@ -57,7 +57,7 @@ def load(data_dir, args):
         name, fine_labels = SUPERCLASSES[superclass]
         train, valid = random_split(np.flatnonzero(np.isin(raw.y_train, fine_labels)), args.pc_valid, args.seed, t)
         test = test_order[np.isin(raw.y_test[test_order], fine_labels)]
-        tasks.append(Task(name, 5, raw.info, scrambled if args.official_data else to_input, Part(raw.x_train, y_train, train),
+        tasks.append(Task(name, raw.info, scrambled if args.official_data else to_input, Part(raw.x_train, y_train, train),
                           Part(raw.x_train, y_train, valid), Part(raw.x_test, y_test, test)))
     return tasks
 

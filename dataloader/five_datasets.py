@@ -33,7 +33,7 @@ def load(data_dir, args):
     for t, (title, name, mean, std) in enumerate(datasets):
         x_train, y_train, x_test, y_test = raw[name].x_train, raw[name].y_train, raw[name].x_test, raw[name].y_test
         train, valid = random_split(np.arange(len(x_train)), args.pc_valid, args.seed, t)
-        tasks.append(Task(title, 10, raw[name].info, partial(to_input, mean=mean, std=std), Part(x_train, y_train, train),
+        tasks.append(Task(title, raw[name].info, partial(to_input, mean=mean, std=std), Part(x_train, y_train, train),
                           Part(x_train, y_train, valid), Part(x_test, y_test, canonical_order(x_test, y_test))))
     return tasks
 

@@ -21,7 +21,7 @@ def load(data_dir, args):
     for t in range(args.n_tasks):
         # A generator per task: the first tasks are the same however many follow.
         pixels = torch.from_numpy(np.random.default_rng([args.seed, t]).permutation(28 * 28))
-        tasks.append(Task(f"permutation {t + 1}", 10, raw.info, lambda x, pixels=pixels: permuted(x, pixels), *parts))
+        tasks.append(Task(f"permutation {t + 1}", raw.info, lambda x, pixels=pixels: permuted(x, pixels), *parts))
     return tasks
 
 

@@ -21,7 +21,6 @@ class Task:
     """A classification task.
 
     name       for people
-    n_classes  labels lie in 0 .. n_classes - 1
     data       which data set, from where, and whether complete: `Raw.info`
     train, valid, test        (x, y) float32 inputs ready for the network, (n, ...), and int64 labels, (n,)
     n_train, n_valid, n_test  their lengths
@@ -30,12 +29,12 @@ class Task:
     comes in an order that depends on the images alone, see canonical_order.
     """
 
-    def __init__(self, name, n_classes, data, to_input, train, valid, test):
+    def __init__(self, name, data, to_input, train, valid, test):
         """to_input: function from uint8 images (n, ...) to float32 inputs. train, valid, test: Part."""
         for part, kind in (train, "training"), (test, "test"):
             if len(part.index) == 0:
                 raise DataError(f"{data['set']} ({data['source']}) has no {kind} images for the task {name!r}")
-        self.name, self.n_classes, self.data = name, n_classes, data
+        self.name, self.data = name, data
         self._to_input, self._train, self._valid, self._test = to_input, train, valid, test
         self.n_train, self.n_valid, self.n_test = len(train.index), len(valid.index), len(test.index)
 

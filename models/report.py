@@ -10,6 +10,7 @@ nowhere (quick, unfinished, a seed once more, a file that cannot be read) are na
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -93,9 +94,11 @@ MIN_RUNS = 3  # fewer say too little to be judged
 
 def parse_args(argv=None):
     """Read the flags. Wrong values end in one line and exit status 2."""
-    parser = argparse.ArgumentParser(description="Compare finished runs with the paper", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Compare finished runs with the paper",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail
-    parser.add_argument("--models_dir", type=Path, default=Path(__file__).parent, help="folder that holds <benchmark>/<run>/results.json")
+    parser.add_argument("--models_dir", type=Path, default=Path(__file__).parent,
+                        help="folder that holds <benchmark>/<run>/results.json")
     parser.add_argument("--all", action="store_true", help="add the paper's other methods")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw accuracies and ranks of the table's rows")
     args = parser.parse_args(argv)
@@ -323,7 +326,8 @@ def main_table(rows):
             table.append((*start, "not measured yet", "-", "-", "-", "-", "-"))
             continue
         difference = "-" if paper is None else f"{per_sample(runs, lambda run: run.ACC).mean() - paper.ACC:+.2f}"
-        table.append((*start, result_text(runs), difference, verdict(variant, runs), data_text(runs), cost_text(runs), memory_text(runs)))
+        table.append((*start, result_text(runs), difference, verdict(variant, runs), data_text(runs), cost_text(runs),
+                      memory_text(runs)))
     return markdown(table)
 
 
@@ -424,4 +428,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -329,3 +329,10 @@ def test_published_settings_are_the_defaults_of_the_script(benchmark, monkeypatc
     [paper] = [variant.paper for variant in report.VARIANTS if variant.benchmark == benchmark and variant.paper]
     assert script.PAPER["ACC"].startswith(f"{paper.ACC:.2f}" + ("" if paper.std is None else f" ± {paper.std:.2f}"))
     assert paper.BWT is None or script.PAPER["BWT"].startswith(f"{paper.BWT:g}")
+
+
+def test_a_reader_that_stops_early():
+    process = subprocess.Popen([sys.executable, ROOT / "models" / "report.py", "--all"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # before anything is written, which takes numpy's import and longer
+    assert process.wait() == 0 and process.stderr.read() == b""
+    process.stderr.close()
