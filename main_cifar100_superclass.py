@@ -32,6 +32,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ from dataloader.raw import DataError
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Configuration
 # ----------------------------------------------------------------------------------------------------------------------
-PAPER = {"ACC": "57.72, mean over the 5 orders, on the scrambled images of --official_data", "BWT": "not given"}
+PAPER = {"ACC": "57.72, mean over the 5 orders, probably on the scrambled images of --official_data", "BWT": "not given"}
 N_TASKS = 20
 
 
@@ -81,15 +82,15 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--data_dir", default="data", help="where data sets are looked for and cached")
     parser.add_argument("--models_dir", default="models", help="where the folder of the run is made")
-    parser.add_argument("--run_name", help="name of the run's folder; made from seed, order and data if not given")
+    parser.add_argument("--run_name", help="name of the run's folder; made from seed, order, data and changed flags if not given")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--overwrite", action="store_true", help="start anew, replacing a run of the same name")
     what.add_argument("--evaluate", action="store_true", help="load the run's weights and print their accuracies")
     args = parser.parse_args(argv)
     check_args(args)
     if args.run_name is None:
-        args.run_name = f"seed_{args.seed}_order_{args.t_order}" + ("_official_data" if args.official_data else "")
-        args.run_name += f"_tasks_{args.n_tasks}" if args.n_tasks < N_TASKS else ""
+        changed = [word.removeprefix("--") for word in changed_flags(vars(args), vars(parser.parse_args([])))]
+        args.run_name = "_".join([f"seed_{args.seed}_order_{args.t_order}" + "_official_data" * args.official_data, *changed])
     return args
 
 
@@ -97,6 +98,21 @@ def fail(message, status=2):
     """End the program with one line that says what is wrong: status 2 for wrong input, 1 for a run that went wrong."""
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def flag_words(flags):
+    """Words of a command line for flags {name: value}: --lr 0.02 --threshold 0.95 0.99 --official_data."""
+    words = []
+    for flag, value in flags.items():
+        if value is not False:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [] if value is True else [value])]
+    return words
+
+
+def changed_flags(args, published):
+    """The flags, as words, in which args (a dict) differ from the published run, but for what the paper varies and places."""
+    free = ("seed", "t_order", "official_data", "device", "data_dir", "models_dir", "run_name", "overwrite", "evaluate")
+    return flag_words({flag: value for flag, value in args.items() if flag not in free and value != published[flag]})
 
 
 def check_args(args):
@@ -138,11 +154,11 @@ def check_args(args):
 # 3. Network
 # ----------------------------------------------------------------------------------------------------------------------
 class DivideByPower(torch.autograd.Function):
-    """y = x / s^0.75 with s = 1 + band x^2, the band mixing the channels; its own backward halves the passes over the images."""
+    """y = x / s^0.75 with s = 1 + band x^2, the band mixing the channels. Differentiated by hand, it passes over x less often."""
 
     @staticmethod
     def forward(ctx, x, band, one):
-        """x: (B, channels, H, W); band: (channels, channels, 1, 1); one: (channels,)."""
+        """x and the result: (B, channels, H, W); band: (channels, channels, 1, 1); one: (channels,)."""
         r = F.conv2d(x * x, band, one).rsqrt_()  # s^-0.5
         p = r.sqrt().mul_(r)  # s^-0.75
         ctx.save_for_backward(x, r, p, band)
@@ -150,7 +166,7 @@ class DivideByPower(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        """g: the gradient of y. dL/dx = g p - 1.5 x band^T (g x p / s)."""
+        """g: the gradient of y, like y; returns that of x, g p - 1.5 x band^T (g x p / s)."""
         x, r, p, band = ctx.saved_tensors
         gp = g * p
         through_s = F.conv2d((gp * x).mul_(r).mul_(r), band.transpose(0, 1))
@@ -215,7 +231,7 @@ def projected_layers(model):
 
 @torch.no_grad()
 def layer_inputs(model, x, task):
-    """What reaches each projected layer, {name: tensor}, when x passes through the network as one batch in eval mode."""
+    """What reaches each projected layer, {name: tensor}, when x passes through the network as one batch; leaves it in eval mode."""
     inputs = {}
     hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
              for name, layer in projected_layers(model).items()]
@@ -248,8 +264,8 @@ def update_basis(M, R, eps):
     Q = None
     if R.shape[1] < len(R):
         Q, R_hat = torch.linalg.qr(R_hat)  # (d, n) and (n, n): the columns of Q span what is left of R
-    # R_hat = U S V^T without V, from R_hat R_hat^T = U S^2 U^T: in float64 exact to far below float32's rounding
-    S2, U = torch.linalg.eigh(R_hat @ R_hat.T)
+    # R_hat = U S V^T without V, from R_hat R_hat^T = U S^2 U^T; in float64, where squaring costs no digit that float32 has
+    S2, U = torch.linalg.eigh(R_hat @ R_hat.T)  # (min(d, n),) and its square
     S2, U = S2.flip(0), U.flip(1)  # largest first
     gained = torch.cat([S2.new_zeros(1), S2.cumsum(0)])  # by 0, 1, 2, ... new columns
     held = energy - S2.sum()  # ||M M^T R||_F^2
@@ -516,6 +532,8 @@ def load_checkpoint(folder):
         if not {"args", "finished", "data", "seconds"} <= checkpoint["results"].keys():
             raise ValueError("its results are not those of a run")
         return {key: checkpoint[key] for key in ("results", "model", "bases", "state", "random")}
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror}")
     except Exception as error:  # a damaged file can fail in many ways, all of them final
         fail(f"{path} cannot be read ({type(error).__name__}): it is damaged or not a checkpoint; use --overwrite to start anew")
 
@@ -597,10 +615,18 @@ def place_model(model, device):
 
 def keep_freed_memory():
     """Make glibc reuse the memory of freed tensors; by default it hands much of it back, and each step fetches it anew."""
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before it shrinks
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: bytes from which on a tensor is not taken from the heap, 32 MiB at most
+
+
+def check_layers(layers):
+    """Refuse a layer that is more than W x, or a W over plain patches: the projection would treat it as if it were that."""
+    for name, layer in layers.items():
+        form = (layer.groups, layer.dilation, layer.padding_mode) if isinstance(layer, nn.Conv2d) else None
+        if layer.bias is not None or form not in (None, (1, (1, 1), "zeros")) or isinstance(getattr(layer, "padding", 0), str):
+            fail(f"layer {name} cannot be projected: it must have no bias, groups or dilation, and a number of zeros as padding")
 
 
 def per_layer(flag, values, layers):
@@ -636,12 +662,12 @@ def describe(tasks):
 
 
 def check_data(tasks, results, folder):
-    """Refuse to go on with other images than the run was started with."""
+    """Refuse to go on with other data sets or numbers of images than the run was started with."""
     parts = ("task", "set", "train", "valid", "test")
     for new, old in zip(describe(tasks), results["data"]):
-        if any(new[part] != old[part] for part in parts):
-            differing = ", ".join(f"{part} {old[part]} there, {new[part]} here" for part in parts)
-            fail(f"{folder} was trained on other data: {differing}")
+        differing = [f"{part} {old[part]} there, {new[part]} here" for part in parts if new[part] != old[part]]
+        if differing:
+            fail(f"{folder} was trained on other data: {', '.join(differing)}")
 
 
 def to_device(part, device):
@@ -654,11 +680,14 @@ def open_log(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = open(folder / "log.txt", "a", encoding="utf-8")
+    except OSError as error:
+        fail(f"cannot write to {folder}: {error.strerror}; choose another --models_dir")
+    try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another process is at work on {folder}: wait for it, or choose another --run_name")
-    except OSError as error:
-        fail(f"cannot write to {folder}: {error.strerror}; choose another --models_dir")
+    except OSError as error:  # some network file systems know no locks; a run is possible all the same
+        print(f"{folder} cannot be locked ({error.strerror}): do not start the same run twice", file=sys.stderr)
     return log
 
 
@@ -677,8 +706,9 @@ def print_result(results):
     partial = {data["set"] for data in results["data"] if not data["complete"]}
     if partial:
         print(f"not comparable with the paper: {', '.join(sorted(partial))} with other than the official number of images")
-    if len(results["accuracy_matrix"]) < N_TASKS:
-        print(f"not comparable with the paper: {len(results['accuracy_matrix'])} of {N_TASKS} tasks")
+    changed = changed_flags(results["args"], vars(parse_args([])))
+    if changed:
+        print(f"not comparable with the paper: {' '.join(changed)}")
     seconds = results["seconds"]
     print(f"time {sum(seconds.values()):.0f} s: " + ", ".join(f"{what} {s:.1f}" for what, s in seconds.items()))
     for metric in ("ACC", "BWT"):
@@ -715,6 +745,7 @@ def main(args):
     torch.manual_seed(args.seed)
     model = place_model(build_model(args), device)
     layers = projected_layers(model)
+    check_layers(layers)
     thresholds = per_layer("threshold", args.threshold, layers)
     n_samples = per_layer("n_samples", args.n_samples, layers)
 
@@ -732,7 +763,7 @@ def main(args):
 
         with contextlib.redirect_stdout(Tee(sys.stdout, log)):
             origin = provenance(device)
-            print(f"{folder}: " + " ".join(f"--{key} {value}" for key, value in vars(args).items()))
+            print(f"{folder}: python {Path(__file__).name} {shlex.join(flag_words(vars(args)))}")
             changes = " with changes" if origin["dirty"] else ""
             print(f"commit {origin['commit']}{changes}, torch {torch.__version__}, {origin['device']}")
             start = time.perf_counter()

@@ -28,6 +28,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -76,7 +77,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument("--data_dir", default="data", help="where data sets are looked for and cached")
     parser.add_argument("--models_dir", default="models", help="where the folder of the run is made")
-    parser.add_argument("--run_name", help="name of the run's folder; made from the seed if not given")
+    parser.add_argument("--run_name", help="name of the run's folder; made from seed and changed flags if not given")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--overwrite", action="store_true", help="start anew, replacing a run of the same name")
     what.add_argument("--evaluate", action="store_true", help="load the run's weights and print their accuracies")
@@ -85,7 +86,8 @@ def parse_args(argv=None):
     if args.n_hidden < 1:
         fail(f"--n_hidden must be at least 1, not {args.n_hidden}")
     if args.run_name is None:
-        args.run_name = f"seed_{args.seed}" + (f"_tasks_{args.n_tasks}" if args.n_tasks < N_TASKS else "")
+        changed = [word.removeprefix("--") for word in changed_flags(vars(args), vars(parser.parse_args([])))]
+        args.run_name = "_".join([f"seed_{args.seed}", *changed])
     return args
 
 
@@ -93,6 +95,21 @@ def fail(message, status=2):
     """End the program with one line that says what is wrong: status 2 for wrong input, 1 for a run that went wrong."""
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def flag_words(flags):
+    """Words of a command line for flags {name: value}: --lr 0.02 --threshold 0.95 0.99 --official_data."""
+    words = []
+    for flag, value in flags.items():
+        if value is not False:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [] if value is True else [value])]
+    return words
+
+
+def changed_flags(args, published):
+    """The flags, as words, in which args (a dict) differ from the published run, but for what the paper varies and places."""
+    free = ("seed", "t_order", "official_data", "device", "data_dir", "models_dir", "run_name", "overwrite", "evaluate")
+    return flag_words({flag: value for flag, value in args.items() if flag not in free and value != published[flag]})
 
 
 def check_args(args):
@@ -150,7 +167,7 @@ class MLP(nn.Module):
 
 
 def build_model(args):
-    """The network with PyTorch's default initialisation."""
+    """The network with PyTorch's default initialisation. Limits a CPU to one thread for the rest of the process."""
     torch.set_num_threads(1)  # at a batch of 10 a second thread does nothing but wait
     return MLP(args.n_hidden, n_classes=10)
 
@@ -166,7 +183,7 @@ def projected_layers(model):
 
 @torch.no_grad()
 def layer_inputs(model, x, task):
-    """What reaches each projected layer, {name: tensor}, when x passes through the network as one batch in eval mode."""
+    """What reaches each projected layer, {name: tensor}, when x passes through the network as one batch; leaves it in eval mode."""
     inputs = {}
     hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
              for name, layer in projected_layers(model).items()]
@@ -199,8 +216,8 @@ def update_basis(M, R, eps):
     Q = None
     if R.shape[1] < len(R):
         Q, R_hat = torch.linalg.qr(R_hat)  # (d, n) and (n, n): the columns of Q span what is left of R
-    # R_hat = U S V^T without V, from R_hat R_hat^T = U S^2 U^T: in float64 exact to far below float32's rounding
-    S2, U = torch.linalg.eigh(R_hat @ R_hat.T)
+    # R_hat = U S V^T without V, from R_hat R_hat^T = U S^2 U^T; in float64, where squaring costs no digit that float32 has
+    S2, U = torch.linalg.eigh(R_hat @ R_hat.T)  # (min(d, n),) and its square
     S2, U = S2.flip(0), U.flip(1)  # largest first
     gained = torch.cat([S2.new_zeros(1), S2.cumsum(0)])  # by 0, 1, 2, ... new columns
     held = energy - S2.sum()  # ||M M^T R||_F^2
@@ -467,6 +484,8 @@ def load_checkpoint(folder):
         if not {"args", "finished", "data", "seconds"} <= checkpoint["results"].keys():
             raise ValueError("its results are not those of a run")
         return {key: checkpoint[key] for key in ("results", "model", "bases", "state", "random")}
+    except OSError as error:
+        fail(f"{path} cannot be read: {error.strerror}")
     except Exception as error:  # a damaged file can fail in many ways, all of them final
         fail(f"{path} cannot be read ({type(error).__name__}): it is damaged or not a checkpoint; use --overwrite to start anew")
 
@@ -548,10 +567,18 @@ def place_model(model, device):
 
 def keep_freed_memory():
     """Make glibc reuse the memory of freed tensors; by default it hands much of it back, and each step fetches it anew."""
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before it shrinks
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: bytes from which on a tensor is not taken from the heap, 32 MiB at most
+
+
+def check_layers(layers):
+    """Refuse a layer that is more than W x, or a W over plain patches: the projection would treat it as if it were that."""
+    for name, layer in layers.items():
+        form = (layer.groups, layer.dilation, layer.padding_mode) if isinstance(layer, nn.Conv2d) else None
+        if layer.bias is not None or form not in (None, (1, (1, 1), "zeros")) or isinstance(getattr(layer, "padding", 0), str):
+            fail(f"layer {name} cannot be projected: it must have no bias, groups or dilation, and a number of zeros as padding")
 
 
 def per_layer(flag, values, layers):
@@ -587,12 +614,12 @@ def describe(tasks):
 
 
 def check_data(tasks, results, folder):
-    """Refuse to go on with other images than the run was started with."""
+    """Refuse to go on with other data sets or numbers of images than the run was started with."""
     parts = ("task", "set", "train", "valid", "test")
     for new, old in zip(describe(tasks), results["data"]):
-        if any(new[part] != old[part] for part in parts):
-            differing = ", ".join(f"{part} {old[part]} there, {new[part]} here" for part in parts)
-            fail(f"{folder} was trained on other data: {differing}")
+        differing = [f"{part} {old[part]} there, {new[part]} here" for part in parts if new[part] != old[part]]
+        if differing:
+            fail(f"{folder} was trained on other data: {', '.join(differing)}")
 
 
 def to_device(part, device):
@@ -605,11 +632,14 @@ def open_log(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = open(folder / "log.txt", "a", encoding="utf-8")
+    except OSError as error:
+        fail(f"cannot write to {folder}: {error.strerror}; choose another --models_dir")
+    try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another process is at work on {folder}: wait for it, or choose another --run_name")
-    except OSError as error:
-        fail(f"cannot write to {folder}: {error.strerror}; choose another --models_dir")
+    except OSError as error:  # some network file systems know no locks; a run is possible all the same
+        print(f"{folder} cannot be locked ({error.strerror}): do not start the same run twice", file=sys.stderr)
     return log
 
 
@@ -628,8 +658,9 @@ def print_result(results):
     partial = {data["set"] for data in results["data"] if not data["complete"]}
     if partial:
         print(f"not comparable with the paper: {', '.join(sorted(partial))} with other than the official number of images")
-    if len(results["accuracy_matrix"]) < N_TASKS:
-        print(f"not comparable with the paper: {len(results['accuracy_matrix'])} of {N_TASKS} tasks")
+    changed = changed_flags(results["args"], vars(parse_args([])))
+    if changed:
+        print(f"not comparable with the paper: {' '.join(changed)}")
     seconds = results["seconds"]
     print(f"time {sum(seconds.values()):.0f} s: " + ", ".join(f"{what} {s:.1f}" for what, s in seconds.items()))
     for metric in ("ACC", "BWT"):
@@ -666,6 +697,7 @@ def main(args):
     torch.manual_seed(args.seed)
     model = place_model(build_model(args), device)
     layers = projected_layers(model)
+    check_layers(layers)
     thresholds = per_layer("threshold", args.threshold, layers)
     n_samples = per_layer("n_samples", args.n_samples, layers)
 
@@ -683,7 +715,7 @@ def main(args):
 
         with contextlib.redirect_stdout(Tee(sys.stdout, log)):
             origin = provenance(device)
-            print(f"{folder}: " + " ".join(f"--{key} {value}" for key, value in vars(args).items()))
+            print(f"{folder}: python {Path(__file__).name} {shlex.join(flag_words(vars(args)))}")
             changes = " with changes" if origin["dirty"] else ""
             print(f"commit {origin['commit']}{changes}, torch {torch.__version__}, {origin['device']}")
             start = time.perf_counter()

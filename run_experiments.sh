@@ -4,12 +4,12 @@
 #   source run_experiments.sh            every benchmark, then the report
 #   source run_experiments.sh --setup    only the environment, which stays activated
 #   source run_experiments.sh --list     only print the commands, one per line
-#   source run_experiments.sh -- --lr 0.02 --models_dir models/lr_0.02    what follows -- goes to every script
+#   source run_experiments.sh -- --lr 0.02    what follows -- goes to every script
 #
 #   SEEDS="1 2 3 4 5"              seeds to run; default: each script's own
 #   BENCHMARKS="pmnist cifar100"   default: pmnist cifar100 cifar100_superclass five_datasets
 #   JOBS=4                         so many runs at a time, each with its share of the cores; default: 1
-#   QUICK=1                        few epochs of few tasks, minutes on a CPU: shows that all works, gives no result
+#   QUICK=1                        one epoch of few tasks, minutes on a CPU: shows that the scripts work, gives no result
 #
 # These are set before the command, as in: QUICK=1 source run_experiments.sh. The environment is the current Python if it
 # satisfies requirements.txt, else .venv, which is made here once. The same command again skips the runs that are

@@ -1,7 +1,7 @@
 """CIFAR-100 Superclass: twenty tasks, each a coarse class of CIFAR-100 with its five fine classes, in one of five orders.
 
 The images of the released code are scrambled: it reads rows of 3x32x32 values as 32x32x3, and 0.07 % of the values land where
-they belong. The paper's number rests on these; args.official_data asks for them.
+they belong. The paper's number probably rests on these; args.official_data asks for them.
 """
 import numpy as np
 

@@ -140,6 +140,7 @@ class Run(NamedTuple):
     seconds: float
     devices: list  # of {type, name, threads}; several where the run was resumed elsewhere
     incomplete: list  # (data set, training images, test images) of each task that lacks images
+    checkpoint: bool  # whether the weights lie beside it: the results that come with the repository have none
 
     @property
     def path(self):
@@ -178,7 +179,8 @@ def read_run(path, models_dir):
         args["n_tasks"], results["finished"], acc, ACC, BWT, widths, ranks, float(results["memory"][-1]["percent_of_max"]),
         float(sum(results["seconds"].values())),
         [{key: origin["device"][key] for key in ("type", "name", "threads")} for origin in (results, *results.get("resumed_with", ()))],
-        sorted((part["set"], part["train"] + part["valid"], part["test"]) for part in results["data"] if not part["complete"]))
+        sorted((part["set"], part["train"] + part["valid"], part["test"]) for part in results["data"] if not part["complete"]),
+        (path.parent / "checkpoint.pt").exists())
 
 
 def collect(models_dir):
@@ -236,6 +238,9 @@ def result_text(runs):
     number = count(len(ACC), "seed" if runs[0].order is None else "order")
     if len(runs) > len(ACC):
         number += f", {len(runs)} runs"
+    alone = sum(not run.checkpoint for run in runs)
+    if 0 < alone < len(runs):
+        number += f", {alone} without checkpoint"
     return f"{ACC.mean():.2f}{spread} / {BWT.mean():.2f} ({number})"
 
 
@@ -352,6 +357,7 @@ def legend():
     return [
         "ACC and BWT in percent; mean ± sample standard deviation over seeds, for Superclass over the task orders.",
         f"The band, for the mean of at least {MIN_RUNS} seeds, or of all {N_ORDERS} orders: {'; '.join(bands)}.",
+        "Without checkpoint, in a row that averages both kinds: a result that came with the repository and was not trained here.",
         "Memory: floats in the bases after the last task, as a share of GPM_Max.",
         "`--official_data`: the data as the released code makes them, on which the published numbers probably rest."]
 

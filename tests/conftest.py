@@ -1,4 +1,4 @@
-"""One thread for all tests: their networks are small, and the number must not change from one test to the next."""
+"""One thread for all tests: for networks this small more of them only wait for each other."""
 import torch
 
 torch.set_num_threads(1)

@@ -26,15 +26,6 @@ REPO = Path(__file__).resolve().parents[1]
 SETS = list(raw.SETS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For tensors this small threads only wait for each other, for seconds where the cores have other work."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Every source behind the user's own files fails."""

@@ -25,11 +25,8 @@ NETWORKS = {
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed_and_threads():
-    threads = torch.get_num_threads()
+def fixed_seed():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=NETWORKS)

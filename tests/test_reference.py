@@ -23,14 +23,6 @@ RUNS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def mean_loss_and_accuracy(model, task, x, y, batch_size):
     model.eval()
     with torch.no_grad():

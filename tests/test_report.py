@@ -326,9 +326,9 @@ def test_published_settings_are_the_defaults_of_the_script(benchmark, monkeypatc
     script = importlib.import_module(f"main_{benchmark}")
     args = vars(script.parse_args([]))
     assert {flag: value for flag, value in args.items() if flag not in report.FREE} == report.PUBLISHED[benchmark]
-    [paper] = [variant.paper for variant in report.VARIANTS if variant.benchmark == benchmark and variant.paper]
-    assert script.PAPER["ACC"].startswith(f"{paper.ACC:.2f}" + ("" if paper.std is None else f" ± {paper.std:.2f}"))
-    assert paper.BWT is None or script.PAPER["BWT"].startswith(f"{paper.BWT:g}")
+    for paper in (variant.paper for variant in report.VARIANTS if variant.benchmark == benchmark and variant.paper):
+        assert script.PAPER["ACC"].startswith(f"{paper.ACC:.2f}" + ("" if paper.std is None else f" ± {paper.std:.2f}"))
+        assert paper.BWT is None or script.PAPER["BWT"].startswith(f"{paper.BWT:g}")
 
 
 def test_a_reader_that_stops_early():

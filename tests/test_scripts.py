@@ -1,9 +1,11 @@
 """The scripts end to end: their real main on small files, killed, resumed, refused, given wrong input."""
+import errno
 import fcntl
 import importlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,14 +28,6 @@ SHORT = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Bench:
     """One script with small data in a folder of its own."""
 
@@ -46,7 +40,7 @@ class Bench:
             write_npz(folder / "data", name, arrays)
 
     def flags(self, *more, models="models"):
-        return [*self.short.split(), "--device", "cpu", "--data_dir", str(self.folder / "data"), "--models_dir", str(self.folder / models), *more]
+        return [*self.short.split(), "--run_name", "short", "--device", "cpu", "--data_dir", str(self.folder / "data"), "--models_dir", str(self.folder / models), *more]
 
     def run(self, *more, models="models"):
         """Run main; returns the run's folder."""
@@ -113,7 +107,8 @@ def test_a_run_on_the_sets_own_files(bench, tmp_path, monkeypatch, capsys):
     for name, arrays in bench.arrays.items():
         (tmp_path / "data" / f"{name}.npz").unlink()
         write_own_files(tmp_path / "data", name, arrays, monkeypatch)
-    folder = bench.run(*("--n_tasks", "5") * (len(bench.arrays) == 5))  # 5-Datasets reads no more sets than it has tasks
+    more = ("--n_tasks", "5") * (len(bench.arrays) == 5)  # 5-Datasets reads no more sets than it has tasks
+    folder = bench.run(*more)
     printed = capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
 
@@ -135,14 +130,16 @@ def test_a_run_on_the_sets_own_files(bench, tmp_path, monkeypatch, capsys):
     assert len(re.findall(r"^task .* epoch .* train loss .* valid loss .* lr .* s$", printed, re.MULTILINE)) == 2 * n_tasks
     assert re.search(rf"^ACC {results['ACC']:.2f} .*paper", printed, re.MULTILINE)
     assert re.search(rf"^BWT {results['BWT']:.2f} .*paper", printed, re.MULTILINE)
-    assert "not comparable with the paper" in printed.splitlines()[-4]
+    assert re.fullmatch(r"not comparable with the paper: --n_epochs 2 --n_samples \d+( --n_tasks \d)?", printed.splitlines()[-4])
+    command = printed.splitlines()[0].removeprefix(f"{folder}: python {bench.script.__name__}.py ")
+    assert vars(bench.script.parse_args(shlex.split(command))) == results["args"]
     assert (folder / "log.txt").read_text() == printed
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in folder.iterdir()) == ["accuracy.png", "checkpoint.pt", "log.txt", "results.json"]
 
 
 def test_the_network_learns_and_seeds_differ(pmnist):
-    first, second = (pmnist.run("--n_epochs", "8", "--seed", seed) for seed in "12")
+    first, second = (pmnist.run("--n_epochs", "8", "--seed", seed, "--run_name", seed) for seed in "12")
     assert results_of(first)["ACC"] > 60 and results_of(second)["ACC"] > 60  # chance: 10
     assert results_of(first)["ranks"] != results_of(second)["ranks"]
 
@@ -178,15 +175,17 @@ def test_evaluate_uses_the_arguments_of_the_run(pmnist, capsys):
 
 
 def test_evaluate_without_a_run(pmnist, capsys):
-    assert_refused(capsys, 2, "there is no checkpoint in .*seed_2_tasks_2: train first", pmnist.run, "--evaluate")
+    assert_refused(capsys, 2, "there is no checkpoint in .*short: train first", pmnist.run, "--evaluate")
 
 
 def test_default_run_names():
-    names = {"main_pmnist": [("", "seed_2"), ("--seed 3 --n_tasks 4", "seed_3_tasks_4"), ("--n_tasks 10", "seed_2")],
-             "main_cifar100": [("", "seed_1"), ("--n_tasks 1", "seed_1_tasks_1")],
+    names = {"main_pmnist": [("", "seed_2"), ("--seed 3 --n_tasks 4", "seed_3_n_tasks_4"), ("--n_tasks 10 --device cuda", "seed_2"),
+                             ("--threshold 0.9 0.8 0.8 --lr 0.02", "seed_2_lr_0.02_threshold_0.9_0.8_0.8")],
+             "main_cifar100": [("", "seed_1"), ("--n_tasks 1 --data_dir x", "seed_1_n_tasks_1")],
              "main_cifar100_superclass": [("", "seed_1_order_0"), ("--t_order 3 --official_data", "seed_1_order_3_official_data"),
-                                          ("--n_tasks 5", "seed_1_order_0_tasks_5"), ("--run_name mine", "mine")],
-             "main_five_datasets": [("", "seed_37"), ("--official_data --n_tasks 2", "seed_37_official_data_tasks_2")]}
+                                          ("--n_tasks 5", "seed_1_order_0_n_tasks_5"), ("--run_name mine --lr 1", "mine")],
+             "main_five_datasets": [("", "seed_37"), ("--official_data --n_tasks 2", "seed_37_official_data_n_tasks_2"),
+                                    ("--n_samples 7", "seed_37_n_samples_7")]}
     for script, cases in names.items():
         for flags, name in cases:
             assert importlib.import_module(script).parse_args(flags.split()).run_name == name
@@ -271,7 +270,7 @@ def test_a_run_that_is_killed_loses_at_most_one_epoch(pmnist):
     process = pmnist.process(*more)
     out, err = process.communicate()
     assert process.returncode == 0 and err == ""
-    assert_equal_runs(whole, pmnist.run_folder("seed_2_tasks_2"))
+    assert_equal_runs(whole, pmnist.run_folder("short"))
     numbers = [[int(line.split()[1]) * 100 + int(line.split()[3]) for line in lines] for lines in logged]
     for earlier, later in zip(numbers, numbers[1:]):
         assert later[0] == earlier[-1] + 1 or (earlier[-1] % 100 == 30 and later[0] == 201)  # an epoch that was printed is not repeated
@@ -302,7 +301,6 @@ def test_a_changed_commit_is_kept_in_the_result(pmnist, monkeypatch):
     with pytest.raises(SystemExit):
         pmnist.run()
     monkeypatch.undo()
-    torch.set_num_threads(1)
     monkeypatch.setattr(pmnist.script, "provenance", lambda device: {"commit": "other", "dirty": True, "versions": {}, "device": {}})
     results = results_of(pmnist.run())
     assert results["commit"] != "other" and [entry["commit"] for entry in results["resumed_with"]] == ["other"]
@@ -349,6 +347,11 @@ def test_a_damaged_checkpoint_is_named(pmnist, content, capsys):
     assert results_of(folder)["finished"]
 
 
+def test_a_checkpoint_that_cannot_be_opened_is_not_called_damaged(pmnist, capsys):
+    (pmnist.run_folder("short") / "checkpoint.pt").mkdir(parents=True)
+    assert_refused(capsys, 2, "checkpoint.pt cannot be read: Is a directory", pmnist.run)
+
+
 def test_other_data_are_refused(pmnist, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(pmnist.script, "write_figure", lambda *args: sys.exit(9))
@@ -384,8 +387,25 @@ def test_two_processes_on_one_run(pmnist, capsys):
     (folder / "checkpoint.pt").unlink()
     with open(folder / "log.txt", "a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        assert_refused(capsys, 2, "another process is at work on .*seed_2_tasks_2", pmnist.run)
+        assert_refused(capsys, 2, "another process is at work on .*short", pmnist.run)
     pmnist.run()
+
+
+def test_a_file_system_without_locks(pmnist, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert results_of(pmnist.run())["finished"]
+    assert "cannot be locked (Function not implemented): do not start the same run twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear(784, 10), torch.nn.Conv2d(4, 4, 3, bias=False, groups=2), torch.nn.Conv2d(4, 4, 3, bias=False, dilation=2),
+                                   torch.nn.Conv2d(4, 4, 3, bias=False, padding="same"), torch.nn.Conv2d(4, 4, 3, bias=True),
+                                   torch.nn.Conv2d(4, 4, 3, padding=1, bias=False, padding_mode="reflect")])
+def test_a_network_that_cannot_be_projected(pmnist, layer, monkeypatch, capsys):
+    monkeypatch.setattr(pmnist.script, "build_model", lambda args: torch.nn.Sequential(layer))
+    assert_refused(capsys, 2, "layer 0 cannot be projected", pmnist.run)
 
 
 @pytest.mark.parametrize("flags, pattern", [
@@ -474,7 +494,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(pmnist, monkeypatch, capsys)
         patch.setattr(pmnist.script, "write_figure", lambda *args: sys.exit(9))
         with pytest.raises(SystemExit):
             pmnist.run()
-    folder = pmnist.run_folder("seed_2_tasks_2")
+    folder = pmnist.run_folder("short")
     before = (folder / "checkpoint.pt").read_bytes()
     os.symlink("/dev/full", folder / "checkpoint.pt.part")
     assert_refused(capsys, 1, "cannot write .*checkpoint.pt: .*No space left", pmnist.run)
