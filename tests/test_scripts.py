@@ -33,6 +33,7 @@ class Bench:
 
     def __init__(self, name, folder):
         self.script, self.folder = importlib.import_module(name), folder
+        self.write_figure = self.script.write_figure
         sets, sizes, self.short = SHORT[name]
         self.arrays = {name: small_arrays(name, *sizes) for name in sets}
         (folder / "data").mkdir()
@@ -42,10 +43,13 @@ class Bench:
     def flags(self, *more, models="models"):
         return [*self.short.split(), "--run_name", "short", "--device", "cpu", "--data_dir", str(self.folder / "data"), "--models_dir", str(self.folder / models), *more]
 
-    def run(self, *more, models="models"):
-        """Run main; returns the run's folder."""
+    def run(self, *more, models="models", figure=False):
+        """Run main; returns the run's folder. Unless asked for, the figure is an empty file: drawing it takes most of such a run."""
         args = self.script.parse_args(self.flags(*more, models=models))
-        self.script.main(args)
+        with pytest.MonkeyPatch.context() as patch:
+            if not figure and self.script.write_figure is self.write_figure:  # else a test has put something in its place
+                patch.setattr(self.script, "write_figure", lambda _, path: self.script.write_file(path, lambda file: file.write(b"")))
+            self.script.main(args)
         return self.run_folder(args.run_name, models)
 
     def run_folder(self, run_name, models="models"):
@@ -108,7 +112,7 @@ def test_a_run_on_the_sets_own_files(bench, tmp_path, monkeypatch, capsys):
         (tmp_path / "data" / f"{name}.npz").unlink()
         write_own_files(tmp_path / "data", name, arrays, monkeypatch)
     more = ("--n_tasks", "5") * (len(bench.arrays) == 5)  # 5-Datasets reads no more sets than it has tasks
-    folder = bench.run(*more)
+    folder = bench.run(*more, figure=True)
     printed = capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
 
