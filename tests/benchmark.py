@@ -199,7 +199,7 @@ def convert(name, loader, **how):
 PERMUTATIONS = [np.random.default_rng([main_pmnist.parse_args([]).seed, t]).permutation(784) for t in range(main_pmnist.N_TASKS)]
 BENCHMARKS = {
     "pmnist": Benchmark(main_pmnist, PlainMLP, [0.69, 0.99, 0.87], 200, 54_000, [
-        convert("mnist", partial(pmnist.permuted, pixels=pixels), mean=pmnist.MEAN, std=pmnist.STD, side=28,
+        convert("mnist", partial(pmnist.permuted, pixels=torch.from_numpy(pixels)), mean=pmnist.MEAN, std=pmnist.STD, side=28,
                 pixels=torch.from_numpy(pixels)) for pixels in PERMUTATIONS]),
     "cifar100": Benchmark(main_cifar100, PlainAlexNet, [0.83, 0.87, 0.78, 0.59, 0.50], 2, 4_750, [
         convert("cifar100", cifar100.to_input, mean=cifar100.MEAN, std=cifar100.STD)]),
