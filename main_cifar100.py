@@ -222,6 +222,11 @@ def representation_matrix(layer, x):
     return x.flatten(1).T
 
 
+def project(G, M):
+    """G - (G M) M^T: the part of each row of G that is orthogonal to the basis M (Eq. 6-7)."""
+    return torch.addmm(G, G @ M, M.T, alpha=-1)
+
+
 def update_basis(M, R, eps):
     """Append to M (d, r) the fewest directions with which it holds the share eps of the energy ||R||_F^2 (Eq. 8-9).
 
@@ -229,20 +234,21 @@ def update_basis(M, R, eps):
     """
     device = "cpu" if R.device.type == "mps" else R.device  # MPS has no float64
     basis, R = M.to(device).double(), R.to(device).double()
-    energy = R.square().sum()
-    R_hat = R - basis @ (basis.T @ R)  # Eq. 8
-    Q = None
+    energy = torch.linalg.norm(R) ** 2
+    # The SVD of R_hat = R - M M^T R = U S V^T (Eq. 8) from the smaller of R_hat R_hat^T = U S^2 U^T and R_hat^T R_hat = V S^2 V^T;
+    # in float64, where squaring costs no digit that float32 has
     if R.shape[1] < len(R):
-        Q, R_hat = torch.linalg.qr(R_hat)  # (d, n) and (n, n): the columns of Q span what is left of R
-    # R_hat = U S V^T without V, from R_hat R_hat^T = U S^2 U^T; in float64, where squaring costs no digit that float32 has
-    S2, U = torch.linalg.eigh(R_hat @ R_hat.T)  # (min(d, n),) and its square
-    S2, U = S2.flip(0), U.flip(1)  # largest first
+        R_hat = project(R.T, basis).T
+        S2, V = torch.linalg.eigh(R_hat.T @ R_hat)
+        U = R_hat @ V  # U S: orthogonal columns, which the QR below makes unit vectors
+    else:
+        S2, U = torch.linalg.eigh(project(project(R @ R.T, basis).T, basis))
+    S2, U = S2.flip(0), U.flip(1)  # (min(d, n),) and (d, min(d, n)), largest first
     gained = torch.cat([S2.new_zeros(1), S2.cumsum(0)])  # by 0, 1, 2, ... new columns
     held = energy - S2.sum()  # ||M M^T R||_F^2
     r = (held + gained < eps * energy).sum()  # Eq. 9
     r = min(r, (S2 > 1e-12 * energy).sum())  # smaller ones are float32's rounding noise, not directions
-    U = U[:, :r] if Q is None else Q @ U[:, :r]
-    U = torch.linalg.qr(U - basis @ (basis.T @ U))[0]  # what is left of M, whose columns are orthonormal to float32 only
+    U = torch.linalg.qr(project(U[:, :r].T, basis).T)[0]  # rid of the trace of M, whose columns are orthonormal to float32 only
     return torch.cat([M, U.to(M.dtype).to(M.device)], dim=1)
 
 
@@ -255,11 +261,6 @@ def update_bases(model, task, x, bases, eps, n_samples):
         R = representation_matrix(layer, inputs[name][:n])
         updated[name] = update_basis(bases.get(name, R.new_zeros(len(R), 0)), R, layer_eps)
     return updated
-
-
-def project(G, M):
-    """G - (G M) M^T: the part of each row of G that is orthogonal to the basis M (Eq. 6-7)."""
-    return torch.addmm(G, G @ M, M.T, alpha=-1)
 
 
 class ProjectedLinear(torch.autograd.Function):
