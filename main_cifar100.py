@@ -5,7 +5,8 @@
 benchmark   10 tasks of 10 classes each, one head per task
 network     AlexNet-like: 3 convolutions, 2 linear layers, 6.7 M parameters
 paper       ACC 72.48 ± 0.40, BWT -0.9
-measured    not measured yet
+measured    71.35 / -0.36 (1 seed), 2.6 h (CPU x86_64, 1 thread then CPU x86_64, 2 threads)
+with        torch 2.13.0+cpu, Python 3.11.7
 
 One of four standalone scripts; they repeat each other on purpose, so that a diff of two of them shows what differs between
 the benchmarks. Equation numbers are the paper's. Symbols: a layer's input has width d; its representation matrix R is
