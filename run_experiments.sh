@@ -9,11 +9,13 @@
 #   SEEDS="1 2 3 4 5"              seeds to run; default: each script's own
 #   BENCHMARKS="pmnist cifar100"   default: pmnist cifar100 cifar100_superclass five_datasets
 #   JOBS=4                         so many runs at a time, each with its share of the cores; default: 1
-#   QUICK=1                        one epoch of few tasks, minutes on a CPU: shows that the scripts work, gives no result
+#   QUICK=1                        one epoch of few tasks, minutes on a CPU: shows that the scripts work, gives no result;
+#                                  always from the start
 #
 # These are set before the command, as in: QUICK=1 source run_experiments.sh. The environment is the current Python if it
 # satisfies requirements.txt, else .venv, which is made here once. The same command again skips the runs that are
-# finished and resumes the others. Each run's output is in models/logs/. Exit status: 0 if all runs succeeded.
+# finished and resumes the others. Each run's output is added to its file in models/logs/. Paths after -- are relative to
+# this folder. Exit status: 0 if all runs succeeded.
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In the caller's shell, bash or zsh with whatever options: as little as possible
@@ -39,7 +41,7 @@ set -uf
 unset CDPATH
 cd "$(dirname "$0")" || exit 1
 
-# One run on two CPU cores, in minutes
+# One run on two CPU cores, in minutes; nobody has measured all of 5-Datasets
 CPU_MINUTES_pmnist=2
 CPU_MINUTES_cifar100=120
 CPU_MINUTES_cifar100_superclass=40
@@ -50,7 +52,7 @@ fail() {  # STATUS MESSAGE
     exit "$1"
 }
 
-satisfies() {  # whether the Python $1 has what requirements.txt asks for
+satisfies() {  # whether the Python $1 has what requirements.txt asks for; what it lacks is printed
     # By the recorded versions, not by import: a CUDA torchvision beside a CPU torch does for the scripts, but fails to import
     "$1" - 2>/dev/null <<'END'
 import re, sys
@@ -64,19 +66,24 @@ def satisfied(requirement):  # "name>=a,<b"
     name, low, high = re.fullmatch(r"(\w+)>=([\d.]+),<([\d.]+)", requirement).groups()
     return find_spec(name) is not None and numbers(low) <= numbers(version(name)) < numbers(high)
 
-sys.exit(not (sys.version_info >= (3, 10) and all(map(satisfied, open("requirements.txt").read().split()))))
+lacking = [requirement for requirement in open("requirements.txt").read().split() if not satisfied(requirement)]
+if sys.version_info < (3, 10):
+    lacking.insert(0, "Python>=3.10")
+print(*lacking)
+sys.exit(len(lacking) > 0)
 END
 }
 
 environment() {  # print the path of the file that activates the environment, or nothing if the current Python will do
-    local python
-    if satisfies python; then return; fi
+    local python lacking
+    if lacking=$(satisfies python); then return; fi
     if [ -e .venv/unfinished ]; then
         if kill -0 "$(cat .venv/unfinished)" 2>/dev/null; then fail 1 "another process is installing into $PWD/.venv: wait for it"; fi
         rm -rf .venv
     fi
-    if ! satisfies .venv/bin/python; then
-        echo "Installing requirements.txt into $PWD/.venv; this is done once." >&2
+    if ! satisfies .venv/bin/python >/dev/null; then
+        python=$(command -v python || echo "no python")
+        echo "$python${lacking:+ lacks $lacking}: installing requirements.txt into $PWD/.venv. This is done once." >&2
         if [ ! -e .venv ]; then
             for python in python python3 python3.13 python3.12 python3.11 python3.10 ""; do
                 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
@@ -88,7 +95,7 @@ environment() {  # print the path of the file that activates the environment, or
         .venv/bin/python -m pip install -r requirements.txt >&2 || fail 1 "pip could not install requirements.txt into $PWD/.venv, see above"
         rm -f .venv/unfinished
     fi
-    (. .venv/bin/activate && satisfies python) || fail 1 "$PWD/.venv does not work here (was its folder moved?): remove it and try again"
+    (. .venv/bin/activate && satisfies python >/dev/null) || fail 1 "$PWD/.venv does not work here (was its folder moved?): remove it and try again"
     echo "$PWD/.venv/bin/activate"
 }
 
@@ -108,8 +115,8 @@ variants() {  # print the flags of each run of the benchmark $1, one run per lin
 
 quick_flags() {  # print the flags that make a run of the benchmark $1 short
     case $1 in
-        five_datasets) echo " --n_epochs 1 --n_tasks 2 --pc_valid 0.9" ;;  # validation is cheaper than training
-        *) echo " --n_epochs 1 --n_tasks 3" ;;
+        five_datasets) echo " --overwrite --n_epochs 1 --n_tasks 2 --pc_valid 0.9" ;;  # validation is cheaper than training
+        *) echo " --overwrite --n_epochs 1 --n_tasks 3" ;;
     esac
 }
 
@@ -145,11 +152,12 @@ run() {  # do what a line of runs() says; a failure is noted in the file $failur
     log=$PWD/models/logs/$name.txt
     mkdir -p "${log%/*}"
     echo "--- $name: ${command#* && }"
+    echo "--- $(date): ${command#* && }" >>"$log"
     if [ "$JOBS" = 1 ]; then
-        (eval "$command") 2>&1 | tee "$log"
+        (eval "$command") 2>&1 | tee -a "$log"
         status=${PIPESTATUS[0]}
     else
-        (eval "$command") >"$log" 2>&1
+        (eval "$command") >>"$log" 2>&1
         status=$?
         echo "--- $name: ended with status $status, $(tail -n 2 "$log" | tr '\n' ' ')"
     fi
@@ -169,6 +177,7 @@ interrupted() {  # end what runs, all of it
 }
 
 # What is asked for
+[ -e requirements.txt ] || fail 1 "$PWD is not the repository: the script works on what lies beside it, do not copy it elsewhere"
 todo=--run
 while [ $# -gt 0 ]; do
     case $1 in
@@ -178,8 +187,13 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-arguments=
-for word in "$@"; do arguments="$arguments $(quote "$word")"; done
+arguments= models_dir=models before=
+for word in "$@"; do
+    arguments="$arguments $(quote "$word")"
+    if [ "$before" = --models_dir ]; then models_dir=$word; fi
+    case $word in --models_dir=*) models_dir=${word#*=} ;; esac
+    before=$word
+done
 
 # echo leaves one space between words
 SEEDS=$(echo ${SEEDS-}) BENCHMARKS=$(echo ${BENCHMARKS-}) JOBS=${JOBS:-1} QUICK=${QUICK-}
@@ -196,7 +210,7 @@ if [ -n "${GPM_ONLY_ENVIRONMENT-}" ]; then  # for the caller's shell, which acti
     exit
 fi
 case $todo in
-    --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit ;;
+    --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${0##*/}"; exit ;;
     --list) runs | cut -f 2-; exit ;;
 esac
 activate=$(environment) || exit
@@ -209,7 +223,8 @@ if [ -z "$QUICK" ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is
         word=CPU_MINUTES_$word
         minutes=$((minutes + ${!word:-0}))
     done
-    echo "No GPU: on a CPU these runs take roughly $((minutes / 60)) h $((minutes % 60)) min in all; QUICK=1 takes minutes."
+    echo "torch sees no GPU: on two CPU cores these runs take roughly $((minutes / 60)) h $((minutes % 60)) min in all," \
+        "less what is finished already; QUICK=1 takes minutes."
 fi
 if [ "$JOBS" -gt 1 ]; then
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
@@ -227,6 +242,6 @@ group=$(jobs -p %1)
 trap interrupted INT TERM HUP
 set +m
 wait
-if [ -e models/report.py ]; then python models/report.py || echo "failed: models/report.py" >>"$failures"; fi
+if [ -e models/report.py ]; then python models/report.py --models_dir "$models_dir" || echo "failed: models/report.py" >>"$failures"; fi
 cat "$failures" >&2
 [ ! -s "$failures" ]

@@ -4,8 +4,9 @@
     python models/report.py --all --figure models/results.png
 
 A row of the table averages the finished runs of one setting, on one kind of device, on the same data: one run per seed, and for
-Superclass one value per task order. Runs whose flags are not the published ones make rows of a second table. Runs that count
-nowhere (quick, unfinished, a seed once more, a file that cannot be read) are named below it.
+Superclass one value per task order. Runs of code that was changed and not committed make rows of their own, runs whose flags are
+not the published ones those of a second table. Runs that count nowhere (quick, unfinished, a seed once more, a file that cannot
+be read) are named below it.
 """
 import argparse
 import json
@@ -140,6 +141,7 @@ class Run(NamedTuple):
     seconds: float
     devices: list  # of {type, name, threads}; several where the run was resumed elsewhere
     incomplete: list  # (data set, training images, test images) of each task that lacks images
+    modified: bool  # whether the code differed from its commit
     checkpoint: bool  # whether the weights lie beside it: the results that come with the repository have none
 
     @property
@@ -151,7 +153,8 @@ class Run(NamedTuple):
     def setting(self):
         """What runs that are averaged have in common; widths, because the network may change from commit to commit."""
         kinds = sorted({device["type"] for device in self.devices})
-        return json.dumps([self.benchmark, self.official_data, self.changed, self.widths, kinds, self.incomplete], sort_keys=True)
+        return json.dumps([self.benchmark, self.official_data, self.changed, self.widths, kinds, self.incomplete, self.modified],
+                          sort_keys=True)
 
 
 def read_run(path, models_dir):
@@ -172,15 +175,16 @@ def read_run(path, models_dir):
     ranks = np.array([[100 * rank[layer] / d for layer, d in widths.items()] for rank in results["ranks"]])
     if len(ranks) != T:
         raise ValueError(f"it has ranks of {len(ranks)} tasks and accuracies of {T}")
+    origins = results, *results.get("resumed_with", ())
     return Run(
         benchmark, name, "/".join([*place, benchmark, name]), int(args["seed"]), int(args["t_order"]) if "t_order" in args else None,
         bool(args.get("official_data")),
         {flag: value for flag, value in args.items() if flag not in FREE and (flag not in published or value != published[flag])},
         args["n_tasks"], results["finished"], acc, ACC, BWT, widths, ranks, float(results["memory"][-1]["percent_of_max"]),
         float(sum(results["seconds"].values())),
-        [{key: origin["device"][key] for key in ("type", "name", "threads")} for origin in (results, *results.get("resumed_with", ()))],
+        [{key: origin["device"][key] for key in ("type", "name", "threads")} for origin in origins],
         sorted((part["set"], part["train"] + part["valid"], part["test"]) for part in results["data"] if not part["complete"]),
-        (path.parent / "checkpoint.pt").exists())
+        any(origin.get("dirty") for origin in origins), (path.parent / "checkpoint.pt").exists())
 
 
 def collect(models_dir):
@@ -238,9 +242,6 @@ def result_text(runs):
     number = count(len(ACC), "seed" if runs[0].order is None else "order")
     if len(runs) > len(ACC):
         number += f", {len(runs)} runs"
-    alone = sum(not run.checkpoint for run in runs)
-    if 0 < alone < len(runs):
-        number += f", {alone} without checkpoint"
     return f"{ACC.mean():.2f}{spread} / {BWT.mean():.2f} ({number})"
 
 
@@ -255,6 +256,8 @@ def verdict(variant, runs):
         return "n/a (partial data)"
     if variant.paper is None:
         return "n/a (other data)"
+    if runs[0].modified:
+        return "n/a (modified code)"
     ACC, BWT = per_sample(runs, lambda run: (run.ACC, run.BWT)).T
     if runs[0].order is None and len(ACC) < MIN_RUNS:
         return f"fewer than {MIN_RUNS} runs"
@@ -309,16 +312,21 @@ def markdown(rows):
 def group(settings):
     """Which runs make which row of the table: (variant, runs) for each, runs empty where nothing was measured.
 
-    Complete data come first, and are a row even if nothing but partial data was measured.
+    Complete data and committed code come first, and are a row even if nothing but other runs was measured.
     """
     rows = []
     for variant in VARIANTS:
         found = [runs for runs in settings if not runs[0].changed
                  and (runs[0].benchmark, runs[0].official_data) == (variant.benchmark, variant.official_data)]
-        complete = [runs for runs in found if not runs[0].incomplete]
-        partial = [runs for runs in found if runs[0].incomplete]
-        rows += [(variant, runs) for runs in (complete or [[]]) + partial]
+        comparable = [runs for runs in found if not (runs[0].incomplete or runs[0].modified)]
+        others = [runs for runs in found if runs[0].incomplete or runs[0].modified]
+        rows += [(variant, runs) for runs in (comparable or [[]]) + others]
     return rows
+
+
+def label(variant, runs):
+    """The name of a row."""
+    return variant.label + (", modified code" if runs and runs[0].modified else "")
 
 
 def main_table(rows):
@@ -326,7 +334,7 @@ def main_table(rows):
     table = [("Benchmark", "Paper: ACC / BWT", "Here: ACC / BWT", "Difference", "In the band", "Data", "Time per run", "Memory")]
     for variant, runs in rows:
         paper = variant.paper if not runs or not runs[0].incomplete else None
-        start = (variant.label, "-" if paper is None else paper_text(paper))
+        start = (label(variant, runs), "-" if paper is None else paper_text(paper))
         if not runs:
             table.append((*start, "not measured yet", "-", "-", "-", "-", "-"))
             continue
@@ -338,11 +346,11 @@ def main_table(rows):
 
 def other_table(settings):
     """Lines of the table of runs whose flags are not the published ones."""
-    labels = {(variant.benchmark, variant.official_data): variant.label for variant in VARIANTS}
+    variants = {(variant.benchmark, variant.official_data): variant for variant in VARIANTS}
     table = [("Benchmark", "Flags that differ", "Here: ACC / BWT", "Data", "Time per run", "Memory")]
     for runs in settings:
-        label = labels.get((runs[0].benchmark, runs[0].official_data), runs[0].benchmark)
-        table.append((label, flags(runs[0].changed), result_text(runs), data_text(runs), cost_text(runs), memory_text(runs)))
+        variant = variants[runs[0].benchmark, runs[0].official_data]
+        table.append((label(variant, runs), flags(runs[0].changed), result_text(runs), data_text(runs), cost_text(runs), memory_text(runs)))
     return markdown(table)
 
 
@@ -357,7 +365,6 @@ def legend():
     return [
         "ACC and BWT in percent; mean ± sample standard deviation over seeds, for Superclass over the task orders.",
         f"The band, for the mean of at least {MIN_RUNS} seeds, or of all {N_ORDERS} orders: {'; '.join(bands)}.",
-        "Without checkpoint, in a row that averages both kinds: a result that came with the repository and was not trained here.",
         "Memory: floats in the bases after the last task, as a share of GPM_Max.",
         "`--official_data`: the data as the released code makes them, on which the published numbers probably rest."]
 
@@ -370,7 +377,7 @@ def write_figure(rows, path):
     figure = Figure(figsize=(13, 3.8 * len(rows)), layout="constrained")
     for part, (variant, runs) in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows):
         partial = f"; {data_text(runs)}" if runs[0].incomplete else ""
-        part.suptitle(f"{variant.label.replace('`', '')}: ACC / BWT {result_text(runs)}; {devices_text(runs)}{partial}", fontweight="bold")
+        part.suptitle(f"{label(variant, runs).replace('`', '')}: ACC / BWT {result_text(runs)}; {devices_text(runs)}{partial}", fontweight="bold")
         draw(variant, runs, *part.subplots(1, 3))
     temporary = path.with_name(path.name + ".part")  # killed at any moment, the old figure or the new one is there, whole
     try:
@@ -419,6 +426,9 @@ def main(args):
     settings, notes = collect(args.models_dir)
     rows = group(settings)
     print("\n".join([*main_table(rows), "", *legend()]))
+    elsewhere = [run.path for runs in settings for run in runs if not run.checkpoint]
+    if elsewhere:
+        print(f"\nNot trained here, there is no checkpoint beside them: {', '.join(elsewhere)}.")
     others = [runs for runs in settings if runs[0].changed]
     if others:
         print("\n".join(["", "### Other settings", "", *other_table(others)]))

@@ -14,7 +14,7 @@ task has random bases with the ranks at the end of a run in models/ or, without 
 Each form has the threads it would run with: the plain one PyTorch's default; the script's the same, or what its build_model
 sets, which is one for PMNIST. Times are medians over rounds in which the forms take turns, the first round not counted unless
 it took LIMIT seconds and is the only one. An epoch's time includes its share of what the epochs of a task have in common: the
-matrices M M^T in the plain form, the projected inputs of a first linear layer here. Representation matrices and bases are timed
+matrices M M^T in the plain form, the inputs that are projected beforehand here. Representation matrices and bases are timed
 from the layers' inputs on, which both forms get by the same forward pass. Loading and peak memory are those of a process of its
 own, which loads all tasks, then makes ten steps on the last one and updates its bases.
 """
@@ -261,11 +261,11 @@ class Here(Form):
         return tasks, tasks[-1].train[0]
 
     def receive(self, x, y):
-        """Training part of the task, (n, ...) and (n,); a first Linear layer's projected inputs are computed here."""
+        """Training part of the task, (n, ...) and (n,); here the script projects the inputs of a Linear layer that sees them as they are."""
         self.x, self.y = x, y
-        name, layer = next(iter(self.layers.items()))
-        known = isinstance(layer, nn.Linear) and name in self.bases
-        self.x_hat = {name: self.script.project(x, self.bases[name])} if known else {}
+        seen = self.script.layer_inputs(self.model, x[:2], self.task) if self.bases else {}
+        self.x_hat = {name: self.script.project(x, self.bases[name]) for name, layer in self.layers.items()
+                      if name in self.bases and isinstance(layer, nn.Linear) and torch.equal(seen[name], x[:2])}
 
     def train(self, n):
         """One pass over the first n images."""

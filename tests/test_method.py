@@ -143,7 +143,7 @@ def test_rounding_noise_adds_no_skewed_columns(eps):
     M = orthonormal(50, 30)
     R = M @ torch.randn(30, 400)  # in the space of M but for float32's rounding
     grown = gpm.update_basis(M, R, eps)
-    assert grown.shape[1] == 30 if eps < 1 else grown.shape[1] <= 50
+    assert grown.shape[1] == 30
     assert torch.linalg.norm(grown.T @ grown - torch.eye(grown.shape[1])) < 1e-5
 
 
@@ -409,7 +409,7 @@ def test_evaluation_draws_no_random_numbers(network):
     model, shape = network
     x, y = torch.randn(9, *shape), torch.randint(0, 5, (9,))
     before = torch.get_rng_state()
-    loss, acc = gpm.evaluate(model, 0, x, y, batch_size=4 + (9 % 4 == 1))
+    loss, acc = gpm.evaluate(model, 0, x, y, batch_size=5)
     assert torch.equal(torch.get_rng_state(), before)
     assert math.isfinite(loss) and acc in [pytest.approx(100 * k / 9) for k in range(10)]
 

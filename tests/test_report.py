@@ -141,6 +141,26 @@ def test_partial_data_stay_apart(tmp_path, capsys):
     assert complete[2:6] == ["91.00 / -3.00 (1 seed)", "-0.22", "fewer than 3 runs", "complete"] and len(partial) == 2
 
 
+def test_modified_code_is_not_averaged_in(tmp_path, capsys):
+    write_run(tmp_path, "pmnist", "seed_2", 93, seed=2)
+    write_run(tmp_path, "pmnist", "seed_3", 94, seed=3, more={"dirty": True})
+    write_run(tmp_path, "pmnist", "seed_4", 95, seed=4, more={"resumed_with": [{"device": CPU, "dirty": True}]})
+    write_run(tmp_path, "pmnist", "seed_5", 96, seed=5, more={"commit": None, "dirty": None})  # not a git checkout
+    assert [(row[0], row[2], row[4]) for row in rows(run_report(capsys, tmp_path), "Permuted MNIST")] == [
+        ("Permuted MNIST", "94.50 ± 2.12 / -3.00 (2 seeds)", "fewer than 3 runs"),
+        ("Permuted MNIST, modified code", "94.50 ± 0.71 / -3.00 (2 seeds)", "n/a (modified code)")]
+
+
+def test_results_that_were_not_trained_here_are_named(tmp_path, capsys):
+    for seed in 2, 3, 4:
+        write_run(tmp_path, "pmnist", f"seed_{seed}", seed=seed)
+    (tmp_path / "pmnist" / "seed_3" / "checkpoint.pt").touch()
+    assert "beside them: `pmnist/seed_2`, `pmnist/seed_4`." in run_report(capsys, tmp_path)
+    for seed in 2, 4:
+        (tmp_path / "pmnist" / f"seed_{seed}" / "checkpoint.pt").touch()
+    assert "Not trained here" not in run_report(capsys, tmp_path)
+
+
 def test_kinds_of_device_are_not_averaged(tmp_path, capsys):
     write_run(tmp_path, "pmnist", "seed_2", 93, seed=2, device=CPU)
     write_run(tmp_path, "pmnist", "seed_3", 94, seed=3, device=CPU | {"threads": 1})

@@ -186,12 +186,13 @@ def test_a_failure_is_listed_and_the_rest_goes_on(clone):
     assert "\noutput of cifar100\n" in result.stdout
     assert result.stdout.endswith("the report\n")
     log = re.fullmatch(r"failed with status 1: pmnist/seed_default, see (.*)\n", result.stderr)[1]
-    assert Path(log).read_text() == "output of pmnist\nout of luck\n"
+    assert re.fullmatch("--- .*: python main_pmnist.py\noutput of pmnist\nout of luck\n", Path(log).read_text())
 
     (clone / "behaviour").write_text("")
     again = do(clone, command)
     assert (again.returncode, again.stderr) == (0, "")
     assert calls(clone)[2:] == calls(clone)[:2]
+    assert Path(log).read_text().count("output of pmnist\n") == 2  # what was in the log is still there
 
 
 def test_a_failing_report_fails(clone):
@@ -200,6 +201,30 @@ def test_a_failing_report_fails(clone):
     (clone / "models" / "report.py").write_text("raise SystemExit(1)")
     result = do(clone, "BENCHMARKS=pmnist source run_experiments.sh")
     assert (result.returncode, result.stderr) == (1, "failed: models/report.py\n")
+
+
+@pytest.mark.parametrize("flags, folder", [("", "models"), ("-- --lr 1 --models_dir 'my runs'", "my runs"), ("-- --models_dir=there", "there")])
+def test_the_report_is_on_the_folder_of_the_runs(clone, flags, folder):
+    """Wherever an argument puts them."""
+    (clone / "models").mkdir()
+    (clone / "models" / "report.py").write_text("import sys; print(sys.argv[1:])")
+    result = do(clone, f"BENCHMARKS=pmnist source run_experiments.sh {flags}")
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, str(["--models_dir", folder]))
+
+
+@pytest.mark.parametrize("file", ["run_experiments.sh", "a clone/run_experiments.sh"])
+def test_help_is_the_head_of_the_script(clone, file):
+    result = do(clone, f"bash '{file}' --help", cwd=clone if "/" not in file else clone.parent)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("Run the benchmarks") and "QUICK=1" in result.stdout
+
+
+def test_a_copy_without_its_repository_is_named(clone):
+    """A batch system may run a copy of the script from a folder of its own."""
+    (clone / "requirements.txt").unlink()
+    result = do(clone, "bash run_experiments.sh")
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (1, "", 1)
+    assert f"{clone} is not the repository" in result.stderr
 
 
 def test_jobs(clone):
@@ -219,7 +244,7 @@ while not other.exists():
     assert sorted(call[0] for call in calls(clone)) == ["cifar100", "pmnist"]
     assert all(1 <= int(call[3]) <= max(1, cores // 2) for call in calls(clone))
     for name in ("cifar100", "pmnist"):
-        assert (clone / "models" / "logs" / name / "seed_default.txt").read_text() == f"output of {name}\n"
+        assert (clone / "models" / "logs" / name / "seed_default.txt").read_text().endswith(f"\noutput of {name}\n")
 
 
 def test_seeds_and_arguments_reach_every_script(clone):
@@ -239,9 +264,10 @@ def test_without_gpu(clone):
     minutes = int(re.search(r"^CPU_MINUTES_cifar100=(\d+)$", (ROOT / "run_experiments.sh").read_text(), re.M)[1])
     assert f"roughly {2 * minutes // 60} h {2 * minutes % 60} min" in first and "QUICK=1" in first
     quick = do(clone, "QUICK=1 source run_experiments.sh")
-    assert quick.returncode == 0 and "No GPU" not in quick.stdout
+    assert quick.returncode == 0 and "no GPU" not in quick.stdout
     names = [call[1][call[1].index("--run_name") + 1] for call in calls(clone)[2:]]
     assert len(names) == 4 and all(name.startswith("quick_") for name in names)
+    assert all("--overwrite" in call[1] for call in calls(clone)[2:])  # else the second time would show nothing
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -390,7 +416,9 @@ def test_the_current_python_is_used_if_it_will_do(clone, requirement, satisfied)
     executable(clone.parent / "bin" / "python", f"[ \"$1 $2\" != '-m venv' ] || exit 1; exec {shlex.quote(sys.executable)} \"$@\"")
     with open(clone / "requirements.txt", "a") as file:
         file.write(requirement + "\n")
-    assert (do(clone, "source run_experiments.sh --setup").returncode == 0) == satisfied
+    result = do(clone, "source run_experiments.sh --setup")
+    assert (result.returncode == 0) == satisfied
+    assert (f"python lacks {requirement}: installing" in result.stderr) != satisfied
 
 
 def test_requirements_are_such_as_the_script_reads():

@@ -1,7 +1,9 @@
 """The scripts end to end: their real main on small files, killed, resumed, refused, given wrong input."""
+import contextlib
 import errno
 import fcntl
 import importlib
+import itertools
 import json
 import os
 import re
@@ -178,8 +180,26 @@ def test_evaluate_uses_the_arguments_of_the_run(pmnist, capsys):
     assert f"{results_of(folder)['accuracy_matrix'][-1][0]:.2f}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags, named", [("--batch_size_test 32", "--batch_size_test 64 there, 32 here"),
+                                          ("--seed 5", "--seed 2 there, 5 here")])
+def test_evaluate_refuses_flags_that_are_not_the_runs(pmnist, flags, named, capsys):
+    pmnist.run()
+    assert_refused(capsys, 2, named, pmnist.run, "--evaluate", *flags.split())
+
+
 def test_evaluate_without_a_run(pmnist, capsys):
     assert_refused(capsys, 2, "there is no checkpoint in .*short: train first", pmnist.run, "--evaluate")
+
+
+@pytest.mark.parametrize("replaced", [None, '{"args": {}, "ACC": 1}'])
+def test_a_finished_run_brings_its_result_back(pmnist, replaced, capsys):
+    path = pmnist.run() / "results.json"
+    written = path.read_bytes()
+    path.unlink()
+    if replaced:
+        path.write_text(replaced)
+    pmnist.run()
+    assert path.read_bytes() == written and "is finished" in capsys.readouterr().out
 
 
 def test_default_run_names():
@@ -300,14 +320,18 @@ def test_an_unfinished_run_can_be_evaluated(pmnist, monkeypatch, capsys):
     assert re.search(r"^task  1 \(.*\) accuracy \d", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_a_changed_commit_is_kept_in_the_result(pmnist, monkeypatch):
-    monkeypatch.setattr(pmnist.script, "write_figure", lambda *args: sys.exit(9))
-    with pytest.raises(SystemExit):
-        pmnist.run()
-    monkeypatch.undo()
-    monkeypatch.setattr(pmnist.script, "provenance", lambda device: {"commit": "other", "dirty": True, "versions": {}, "device": {}})
-    results = results_of(pmnist.run())
-    assert results["commit"] != "other" and [entry["commit"] for entry in results["resumed_with"]] == ["other"]
+def test_each_change_of_the_commit_is_kept_in_the_result(pmnist, monkeypatch):
+    train_epoch = pmnist.script.train_epoch
+    for commit, epochs in ("a", 1), ("b", 1), ("b", 1), ("a", 9):  # two tasks of two epochs; ended after so many
+        calls = itertools.count()
+        with monkeypatch.context() as patch:
+            patch.setattr(pmnist.script, "provenance", lambda device: {"commit": commit, "dirty": False, "versions": {}, "device": {}})
+            patch.setattr(pmnist.script, "train_epoch", lambda *args: sys.exit(9) if next(calls) == epochs else train_epoch(*args))
+            with contextlib.suppress(SystemExit):
+                pmnist.run()
+    results = results_of(pmnist.run_folder("short"))
+    assert results["finished"] and results["commit"] == "a"
+    assert [(entry["commit"], entry["task"], entry["epoch"]) for entry in results["resumed_with"]] == [("b", 1, 1), ("a", 2, 1)]
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
@@ -384,6 +408,16 @@ def test_a_checkpoint_of_another_script(pmnist, capsys):
     torch.save(checkpoint, folder / "checkpoint.pt")
     assert_refused(capsys, 2, "holds a run of another script, or of another version", pmnist.run, "--evaluate")
     assert_refused(capsys, 2, "--n_hidden None there, 100 here", pmnist.run)
+
+
+def test_weights_of_another_network(pmnist, monkeypatch, capsys):
+    pmnist.run("--n_tasks", "1")
+    checkpoint = torch.load(pmnist.run_folder("short") / "checkpoint.pt", weights_only=True)
+    checkpoint["results"]["finished"] = False
+    torch.save(checkpoint, pmnist.run_folder("short") / "checkpoint.pt")
+    monkeypatch.setattr(pmnist.script, "build_model", lambda args: pmnist.script.MLP(n_hidden=7, n_classes=10))
+    for more in ([], ["--evaluate"]):
+        assert_refused(capsys, 2, "holds the weights of another network .*size mismatch.*--run_name", pmnist.run, "--n_tasks", "1", *more)
 
 
 def test_two_processes_on_one_run(pmnist, capsys):
@@ -515,11 +549,22 @@ def test_scripts_run_from_any_folder(pmnist, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-def test_a_run_on_cuda_resumes(bench, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        patch.setattr(bench.script, "write_figure", lambda *args: sys.exit(9))
+@pytest.mark.parametrize("flags", ["", "--momentum 0.9"])
+def test_a_run_on_cuda_resumes(bench, flags, monkeypatch, capsys):
+    """Ended within task 2, where bases, velocity and the GPU's random numbers matter; a GPU's sums are equal up to their order."""
+    flags = ["--device", "cuda", *flags.split()]
+    whole = bench.run(*flags, models="whole")
+    train_epoch, epochs = bench.script.train_epoch, itertools.count(1)
+    with monkeypatch.context() as patch:  # two epochs per task: the fourth does not take place
+        patch.setattr(bench.script, "train_epoch", lambda *args: sys.exit(9) if next(epochs) == 4 else train_epoch(*args))
         with pytest.raises(SystemExit):
-            bench.run("--device", "cuda")
-    folder = bench.run("--device", "cuda")
-    assert "going on with task" in capsys.readouterr().out
-    assert results_of(folder)["device"]["type"] == "cuda" and results_of(folder)["finished"]
+            bench.run(*flags)
+    capsys.readouterr()
+    resumed = bench.run(*flags)
+    assert "going on with task 2 after epoch 1" in capsys.readouterr().out
+    assert results_of(resumed)["device"]["type"] == "cuda" and results_of(resumed)["finished"]
+    a, b = (torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True) for folder in (whole, resumed))
+    assert a["random"].keys() == b["random"].keys() == {"cpu", "cuda"}
+    assert all(torch.equal(a["random"][kind], b["random"][kind]) for kind in a["random"])
+    for name, W in a["model"].items():
+        torch.testing.assert_close(b["model"][name], W, rtol=0, atol=1e-3 * W.abs().max().item())
