@@ -446,12 +446,12 @@ def measure(name, data_dir, device):
     rows = [
         ("step of task 1", *steps[0]),
         ("step of the last task", *steps[1]),
-        (f"epoch of the last task, {n:,} images", *(e + o / args.n_epochs for e, o in zip(epoch, once))),
+        ("epoch of the last task", *(e + o / args.n_epochs for e, o in zip(epoch, once))),
         ("representation matrices", *race(lambda form: form.matrices(inputs[form]), forms, device)),
         ("update of the bases", *race(lambda form: form.updated(matrices), forms, device)),
     ]
     share = forms[1].script.memory(bases)["percent_of_max"]
-    return rows, (f"{name}: here a step of the last task takes {steps[1][1] / steps[0][1]:.2f} times one of task 1; "
+    return rows, (f"{name}: an epoch of {n:,} images; here a step of the last task takes {steps[1][1] / steps[0][1]:.2f} times one of task 1; "
                   f"bases of {share:.0f} % of GPM_Max, ranks from {source}")
 
 
@@ -529,21 +529,25 @@ def duration(seconds):
 
 def main(args):
     """Check, measure and print a table."""
-    device = torch.device(args.device)
-    print(f"{device_name(device)}, threads: {THREADS}, torch {torch.__version__}\n")
-    print("| benchmark | what | plain | here | ratio |\n|---|---|---:|---:|---:|", flush=True)
-    notes = []
+    device, origin = torch.device(args.device), main_cifar100.provenance(torch.device("cpu"))
+    columns, notes = {}, []
     for name in args.benchmarks:
+        print(f"measuring {name} ...", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             sets = list(dict.fromkeys(data_set for data_set, _, _ in BENCHMARKS[name].inputs))
             data_dir, absent = gather_data(sets, Path(args.data_dir), Path(folder))
             rows, note = own_process(measure, name, data_dir, device)
             plain, here = (own_process(load_and_work, name, form, data_dir, device) for form in (Plain, Here))
-        for what, p, h in [("loading all tasks", plain[0], here[0]), *rows]:
-            print(f"| {name} | {what} | {duration(p)} | {duration(h)} | {p / h:.1f} |")
+        rows = [("loading all tasks", plain[0], here[0]), *rows]
+        columns[name] = {what: f"{duration(p)} / {duration(h)} = {p / h:.1f}" for what, p, h in rows}
         for what, p, h in zip(("peak memory", "peak memory of the GPU"), plain[1:], here[1:]):
-            print(f"| {name} | {what} | {p:,.0f} MB | {h:,.0f} MB | {p / h:.1f} |", flush=True)
+            columns[name][what] = f"{p:,.0f} / {h:,.0f} MB = {p / h:.1f}"
         notes.append(note + (f"; random images for {', '.join(absent)}" if absent else ""))
+    print(f"{device_name(device)}, threads: {THREADS}, torch {torch.__version__}, commit {(origin['commit'] or 'unknown')[:7]}"
+          + " with changes" * bool(origin["dirty"]) + "; plain / here = ratio\n")
+    print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for what in next(iter(columns.values())):
+        print(f"| {what} | " + " | ".join(column[what] for column in columns.values()) + " |")
     print("\n" + "\n".join(notes))
 
 
