@@ -20,7 +20,7 @@ def idx(content):
     shape = [int(n) for n in np.frombuffer(content[4:start], ">u4")]
     if len(content) != start + math.prod(shape):
         raise ValueError(f"{len(content):,} bytes where its header announces {start + math.prod(shape):,}")
-    return np.frombuffer(bytearray(content), np.uint8, offset=start).reshape(shape)  # writable, unlike the bytes
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def cifar(content):

@@ -51,7 +51,8 @@ class Task:
         return self._tensors(self._test)
 
     def _tensors(self, part):
-        x = torch.empty(len(part.index), *self._to_input(part.x[:1]).shape[1:])
+        # Copies of the images, all of them: torch warns of arrays that are read-only, as a decoder may leave them
+        x = torch.empty(len(part.index), *self._to_input(part.x[[0]]).shape[1:])
         for start in range(0, len(x), CHUNK):
             x[start:start + CHUNK] = self._to_input(part.x[part.index[start:start + CHUNK]])
         return x, torch.from_numpy(part.y[part.index])

@@ -516,6 +516,16 @@ def test_parts(benchmark, tmp_path):
         assert t.data["set"] in arrays and t.data["complete"] is False and t.data["source"] == f"prepared arrays {t.data['set']}.npz"
 
 
+def test_read_only_images_are_copied():
+    images, y, seen = np.arange(6 * 784, dtype=np.uint8).reshape(6, 28, 28), np.arange(6), []
+    images.flags.writeable = False
+    part = task.Part(images, y, np.array([4, 1]))
+    info = {"set": "mnist", "source": "here", "complete": False}
+    to_input = lambda x: seen.append(x.flags.writeable) or task.normalise(x, [0.0], [1.0])
+    x, _ = task.Task("digits", info, to_input, part, part, part).train
+    assert torch.equal(x[:, 0] * 255, torch.from_numpy(images[[4, 1]]).float()) and len(seen) > 1 and all(seen)
+
+
 @every_benchmark
 def test_the_first_tasks_are_the_same_however_many_follow(benchmark, tmp_path):
     write_prepared(tmp_path, benchmark)
