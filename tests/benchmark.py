@@ -53,7 +53,7 @@ from dataloader import cifar100, cifar100_superclass, five_datasets, pmnist  # n
 from dataloader.raw import SETS, DataError, load_raw  # noqa: E402
 
 THREADS = torch.get_num_threads()
-LEAST, LIMIT = 2.0, 10.0  # seconds that the rounds of a comparison take at least; after which no other round begins
+LEAST, LIMIT = 2.0, 30.0  # seconds that the rounds of a comparison take at least; after which no other round begins
 
 
 # ----------------------------------------------------------------------------------------------------------------------
