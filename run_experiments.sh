@@ -41,7 +41,7 @@ set -uf
 unset CDPATH
 cd "$(dirname "$0")" || exit 1
 
-# One run on two CPU cores, in minutes; nobody has measured all of 5-Datasets
+# One run on two CPU cores, in minutes; that of 5-Datasets is an estimate
 CPU_MINUTES_pmnist=2
 CPU_MINUTES_cifar100=120
 CPU_MINUTES_cifar100_superclass=40
