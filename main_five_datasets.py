@@ -297,6 +297,13 @@ class ProjectedLinear(torch.autograd.Function):
         return delta @ W if ctx.needs_input_grad[0] else None, None, delta.T @ x_hat
 
 
+def projected_inputs(model, task, x, bases):
+    """{name: x - x M M^T} for each Linear layer that sees the images x (N, d) as they are: projected once per task, not per step."""
+    seen = layer_inputs(model, x[:2], task) if bases else {}
+    return {name: project(x, bases[name]) for name, layer in projected_layers(model).items()
+            if name in bases and isinstance(layer, nn.Linear) and torch.equal(seen[name], x[:2])}
+
+
 @contextlib.contextmanager
 def gradient_projection(layers, bases, known):
     """Within this block the weight of each layer that has a basis receives the projected gradient (Eq. 6-7).
@@ -400,10 +407,8 @@ def train_task(model, task, train, valid, bases, args, state, seconds, save):
     train, valid: (x, y) on the network's device. state: start_of_task(args), or what save() stored after some epoch.
     """
     x, y = train
-    with timed(seconds, "training"):  # a Linear layer that sees the images as they are: project them once, not per step
-        seen = layer_inputs(model, x[:2], task) if bases else {}
-        x_hat = {name: project(x, bases[name]) for name, layer in projected_layers(model).items()
-                 if name in bases and isinstance(layer, nn.Linear) and torch.equal(seen[name], x[:2])}
+    with timed(seconds, "training"):
+        x_hat = projected_inputs(model, task, x, bases)
     while state["epoch"] < args.n_epochs and (state["lr"] >= args.lr_min or not args.lr_patience):
         start, lr = time.perf_counter(), state["lr"]
         with timed(seconds, "training"):

@@ -471,6 +471,27 @@ def test_memory():
     assert gpm.memory({"a": torch.zeros(10, 4), "b": torch.zeros(5, 5)}) == {"floats": 65, "percent_of_max": pytest.approx(52.0)}
 
 
+def test_inputs_are_projected_beforehand_where_a_linear_layer_sees_the_images():
+    class Shifted(nn.Module):  # fc2 is as wide as the images, but does not see them as they are
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+
+        def forward(self, x, task):
+            return self.fc1(x) + self.fc2(x - 1)
+
+    model, x, bases = Shifted(), torch.randn(9, 6), {"fc1": orthonormal(6, 2), "fc2": orthonormal(6, 3)}
+    x_hat = gpm.projected_inputs(model, 0, x, bases)
+    assert x_hat.keys() == {"fc1"} and torch.equal(x_hat["fc1"], gpm.project(x, bases["fc1"]))
+    assert gpm.projected_inputs(model, 0, x, {}) == {}
+
+
+def test_convolutions_on_a_gpu_are_in_float32():
+    torch.backends.cudnn.allow_tf32 = True
+    gpm.find_device("cpu")
+    assert torch.backends.cudnn.allow_tf32 is False
+
+
 def test_projection_is_a_projection():
     M, G = orthonormal(30, 11), torch.randn(7, 30)
     once = gpm.project(G, M)

@@ -42,6 +42,13 @@ def test_the_tables_are_what_the_report_prints(printed):
     assert all(table.strip() in README for table in tables)
 
 
+def test_the_figures_of_the_benchmark_are_those_of_a_run():
+    run = (ROOT / "tests" / "benchmark.md").read_text().split("\n## ")[1]
+    commit = re.search(r", commit (\w+);", run)[1]  # of committed code: no "with changes"
+    table = [line for line in run.splitlines() if line.startswith("|")]
+    assert len(table) == 9 and "\n".join(table) in README and f"at commit {commit}, plain / here" in README
+
+
 def test_the_bands_are_those_of_the_report(printed):
     legend, = (line for line in printed.splitlines() if line.startswith("The band"))
     bands = re.findall(r"[\d.]+ ± \d+(?:\.\d+)?", legend)
