@@ -23,6 +23,7 @@ import functools
 import io
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -286,7 +287,8 @@ class ProjectedLinear(torch.autograd.Function):
 def projected_inputs(model, task, x, bases):
     """{name: x - x M M^T} for each Linear layer that sees the images x (N, d) as they are: projected once per task, not per step."""
     seen = layer_inputs(model, x[:2], task) if bases else {}
-    return {name: project(x, bases[name]) for name, layer in projected_layers(model).items()
+    return {name: torch.addmm(x, x, bases[name] @ bases[name].T, alpha=-1)  # N is far above d: the d x d product is soon paid for
+            for name, layer in projected_layers(model).items()
             if name in bases and isinstance(layer, nn.Linear) and torch.equal(seen[name], x[:2])}
 
 
@@ -605,8 +607,9 @@ def place_model(model, device):
     return model.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.preserve_format)
 
 
-def keep_freed_memory():
-    """Make glibc reuse the memory of freed tensors; by default it hands much of it back, and each step fetches it anew."""
+def tune_memory():
+    """Make Linux give large tensors huge pages, and glibc reuse the memory of freed ones, which each step would fetch anew."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch's own; it looks when the first tensor is made
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end of the heap before it shrinks
@@ -735,7 +738,7 @@ def main(args):
     if args.evaluate:
         evaluate_run(args, folder)
         return
-    keep_freed_memory()
+    tune_memory()
     device = find_device(args.device)
     torch.manual_seed(args.seed)
     model = place_model(build_model(args), device)
