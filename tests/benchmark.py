@@ -42,6 +42,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -52,10 +53,6 @@ import main_five_datasets  # noqa: E402
 import main_pmnist  # noqa: E402
 from dataloader import cifar100, cifar100_superclass, five_datasets, pmnist  # noqa: E402
 from dataloader.raw import SETS, DataError, load_raw, torchvision_datasets  # noqa: E402
-
-torchvision_datasets()  # from here on torchvision can be imported, also where its compiled operators do not fit
-from PIL import Image  # noqa: E402
-from torchvision import transforms  # noqa: E402
 
 THREADS = torch.get_num_threads()
 LEAST, LIMIT = 2.0, 30.0  # seconds that the rounds of a comparison take at least; after which no other round begins
@@ -172,6 +169,8 @@ def plain_update_basis(M, R, eps):
 
 def plain_inputs(images, mean, std, side=32, pixels=None):
     """float32 (n, 3, 32, 32) of uint8 images, or (n, 784) with the pixels permuted: each by itself through torchvision's transforms."""
+    torchvision_datasets()  # makes the next import work, also where torchvision's compiled operators do not fit
+    from torchvision import transforms
     convert = transforms.Compose([
         Image.fromarray,
         transforms.Pad((side - images.shape[1]) // 2),
@@ -281,6 +280,10 @@ class Plain(Form):
     """The plain implementation."""
     representation_matrix = staticmethod(plain_representation_matrix)
     update_basis = staticmethod(plain_update_basis)
+
+    def __init__(self, benchmark, device):
+        torchvision_datasets()  # here, so that loading is timed without the import
+        super().__init__(benchmark, device)
 
     def network(self, benchmark, device):
         """The plain network."""
