@@ -628,7 +628,8 @@ def find_device(name):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
-    torch.backends.cudnn.allow_tf32 = False  # a projected step leaves old outputs alone to float32's precision, not to three digits
+    # A projected step leaves old outputs alone to float32's precision, not to TF32's three digits
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 
@@ -751,6 +752,7 @@ def evaluate_run(args, folder):
     published = vars(parse_args([]))
     asked = {flag: value for flag, value in vars(args).items() if value != published[flag]}
     check_arguments(argparse.Namespace(**{**results["args"], **asked}), results["args"], folder)
+    print(f"{folder}: python {Path(__file__).name} {shlex.join(flag_words(results['args']))}")
     args = argparse.Namespace(**{**results["args"], "device": args.device, "data_dir": args.data_dir})
     device = find_device(args.device)
     model = place_model(build_model(args), device)
@@ -768,7 +770,6 @@ def main(args):
     if args.evaluate:
         evaluate_run(args, folder)
         return
-    tune_memory()
     device = find_device(args.device)
     torch.manual_seed(args.seed)
     model = place_model(build_model(args), device)
@@ -867,10 +868,13 @@ def main(args):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # for terminals that do not know ±
+    tune_memory()
     try:
         main(parse_args())
     except KeyboardInterrupt:
         print("\ninterrupted: the same command, without --overwrite, goes on after the last full epoch", file=sys.stderr)
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        fail(f"{str(error).splitlines()[0]} The same command, without --overwrite, goes on after the last full epoch", status=1)
     except OSError as error:  # the disk is full, say, or the terminal is gone
         fail(str(error), status=1)

@@ -30,6 +30,7 @@ import multiprocessing
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -220,6 +221,7 @@ class Form:
     def __init__(self, benchmark, device):
         torch.set_num_threads(THREADS)
         self.script, self.args = benchmark.script, benchmark.script.parse_args([])
+        self.script.find_device(str(device))  # no TF32 in either form
         self.model = self.network(benchmark, device).to(device)
         self.threads = torch.get_num_threads()
         self.layers = self.script.projected_layers(self.model)
@@ -535,7 +537,9 @@ def duration(seconds):
 
 def main(args):
     """Check, measure and print a table."""
-    device, origin = torch.device(args.device), main_cifar100.provenance(torch.device("cpu"))
+    device, commit = torch.device(args.device), main_cifar100.provenance(torch.device("cpu"))["commit"]
+    status = ["git", "status", "--porcelain", "--", "*.py", "models"]  # the ranks are from models/
+    changed = commit and subprocess.run(status, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     columns, notes = {}, []
     for name in args.benchmarks:
         print(f"measuring {name} ...", file=sys.stderr)
@@ -549,8 +553,8 @@ def main(args):
         for what, p, h in zip(("peak memory", "peak memory of the GPU"), plain[1:], here[1:]):
             columns[name][what] = f"{p:,.0f} / {h:,.0f} MB = {p / h:.1f}"
         notes.append(note + (f"; random images for {', '.join(absent)}" if absent else ""))
-    print(f"{device_name(device)}, threads: {THREADS}, torch {torch.__version__}, commit {(origin['commit'] or 'unknown')[:7]}"
-          + " with changes" * bool(origin["dirty"]) + "; plain / here = ratio\n")
+    print(f"{device_name(device)}, threads: {THREADS}, torch {torch.__version__}, commit {(commit or 'unknown')[:7]}"
+          + " with changes" * bool(changed) + "; plain / here = ratio\n")
     print("| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for what in next(iter(columns.values())):
         print(f"| {what} | " + " | ".join(column[what] for column in columns.values()) + " |")

@@ -487,10 +487,10 @@ def test_inputs_are_projected_beforehand_where_a_linear_layer_sees_the_images():
     assert gpm.projected_inputs(model, 0, x, {}) == {}
 
 
-def test_convolutions_on_a_gpu_are_in_float32():
-    torch.backends.cudnn.allow_tf32 = True
+def test_a_gpu_computes_in_float32():
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     gpm.find_device("cpu")
-    assert torch.backends.cudnn.allow_tf32 is False
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is False
 
 
 def test_projection_is_a_projection():

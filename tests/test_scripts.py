@@ -7,10 +7,12 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +170,9 @@ def test_evaluate(bench, capsys):
     capsys.readouterr()
     before = {path: path.read_bytes() for path in folder.iterdir()}
     bench.run("--evaluate")
-    found = [float(a) for a in re.findall(r"accuracy ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)]
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{folder}: python {bench.script.__name__}.py --seed")  # which run it is
+    found = [float(a) for a in re.findall(r"accuracy ([\d.]+)$", printed, re.MULTILINE)]
     assert found == [round(a, 2) for a in results_of(folder)["accuracy_matrix"][-1]]
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -308,6 +312,37 @@ def test_ctrl_c_ends_with_a_line_and_the_run_goes_on(pmnist):
     _, err = process.communicate()
     assert process.returncode == 130
     assert err == "\ninterrupted: the same command, without --overwrite, goes on after the last full epoch\n"
+
+
+def test_a_full_gpu_ends_the_run_with_a_line(monkeypatch, capsys):
+    def full(seed):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore lines")
+
+    monkeypatch.setattr(torch, "manual_seed", full)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "main_pmnist.py")])
+    assert_refused(capsys, 1, "CUDA out of memory. Tried to allocate 20.00 MiB. The same command, .*goes on after the last full epoch",
+                   partial(runpy.run_path, sys.argv[0], run_name="__main__"))
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(), reason="this kernel gives huge pages to all or to none")
+@pytest.mark.parametrize("name", SHORT)
+def test_large_tensors_lie_in_huge_pages(name):
+    """PyTorch must be told before the process makes its first tensor, which main_five_datasets.py does while it reads the flags."""
+    code = """if True:
+        import re, runpy, sys
+        sys.argv = [sys.argv[1], "--help"]
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit:
+            import torch
+            x = torch.ones(2**24)
+            print("huge kB:", sum(map(int, re.findall(r"AnonHugePages: +(\\d+)", open("/proc/self/smaps").read()))))
+    """
+    done = subprocess.run([sys.executable, "-c", code, ROOT / f"{name}.py"], capture_output=True, text=True, check=True)
+    assert int(re.search(r"huge kB: (\d+)", done.stdout)[1]) > 2**15  # half of x
 
 
 def test_an_unfinished_run_can_be_evaluated(pmnist, monkeypatch, capsys):
