@@ -17,7 +17,7 @@ sets, which is one for PMNIST. Times are medians over rounds in which the forms 
 it took LIMIT seconds and is the only one. An epoch's time includes its share of what the epochs of a task have in common: the
 matrices M M^T in the plain form, the inputs that are projected beforehand here. Representation matrices and bases are timed
 from the layers' inputs on, which both forms get by the same forward pass. Loading and peak memory are those of a process of its
-own, which loads all tasks, then makes ten steps on the last one and updates its bases.
+own, which loads all tasks, then makes ten steps on the last one and updates its bases; the plain form's memory includes torchvision.
 """
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Imports
