@@ -1,247 +1,110 @@
 #!/usr/bin/env bash
 # Run the benchmarks, then print the table of results. From bash or zsh, from any folder:
 #
-#   source run_experiments.sh            every benchmark, then the report
-#   source run_experiments.sh --setup    only the environment, which stays activated
-#   source run_experiments.sh --list     only print the commands, one per line
-#   source run_experiments.sh -- --lr 0.02    what follows -- goes to every script
+#   source run_experiments.sh                 every benchmark, then the report
+#   source run_experiments.sh -- --lr 0.02    what follows -- goes to every script; paths are relative to this folder
+#   source run_experiments.sh --setup         only the environment, which stays activated
+#   source run_experiments.sh --list          only print the commands, one per line; they need the environment
+#   SEEDS="1 2 3" source ...                  seeds to run; default: each script's own
+#   BENCHMARKS="pmnist cifar100" source ...   default: pmnist cifar100 cifar100_superclass five_datasets
+#   JOBS=4 source ...                         so many runs at a time, each with its share of the cores; default: 1
+#   QUICK=1 source ...                        one epoch of two tasks in models/quick, always anew: shows that it all works
 #
-#   SEEDS="1 2 3 4 5"              seeds to run; default: each script's own
-#   BENCHMARKS="pmnist cifar100"   default: pmnist cifar100 cifar100_superclass five_datasets
-#   JOBS=4                         so many runs at a time, each with its share of the cores; default: 1
-#   QUICK=1                        one epoch of few tasks, minutes on a CPU: shows that the scripts work, gives no result;
-#                                  always from the start
-#
-# These are set before the command, as in: QUICK=1 source run_experiments.sh. The environment is the current Python if it
-# satisfies requirements.txt, else .venv, which is made here once. The same command again skips the runs that are
-# finished and resumes the others. Each run's output is added to its file in models/logs/. Paths after -- are relative to
-# this folder. Exit status: 0 if all runs succeeded.
+# The environment is the current Python if it satisfies requirements.txt, else .venv, made here once. The same command again
+# skips what is finished and resumes the rest; output is added to models/logs/. Exit status 0: all succeeded, 2: wrong input.
 
-# ----------------------------------------------------------------------------------------------------------------------
-# In the caller's shell, bash or zsh with whatever options: as little as possible
-# ----------------------------------------------------------------------------------------------------------------------
-if (return 0) 2>/dev/null; then  # sourced, or run by zsh
-    __run_experiments() {
-        unset -f __run_experiments
-        local file activate
-        if [ -n "${ZSH_VERSION-}" ]; then eval 'file=${(%):-%x}'; else file=${BASH_SOURCE:-$0}; fi
-        set -- env "SEEDS=${SEEDS-}" "BENCHMARKS=${BENCHMARKS-}" "JOBS=${JOBS-}" "QUICK=${QUICK-}" bash "$file" "$@"
-        activate=$(GPM_ONLY_ENVIRONMENT=1 "$@") || return
-        if [ -n "$activate" ]; then . "$activate"; fi
-        "$@"
-    }
-    __run_experiments "$@"
+if (return 0) 2>/dev/null; then  # sourced, or run by zsh: this shell is only activated, a bash of its own does the rest
+    case ${1-} in --list | --help) ;; *) eval "$(bash "${BASH_SOURCE:-${(%):-%x}}" --setup "$@" || echo "return $?")" ;; esac
+    [ "${1-}" = --setup ] || SEEDS="${SEEDS-}" BENCHMARKS="${BENCHMARKS-}" JOBS="${JOBS-}" QUICK="${QUICK-}" \
+        bash "${BASH_SOURCE:-${(%):-%x}}" "$@"
     return
 fi
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From here on in a bash of our own, whose options, functions and folder are nobody else's
-# ----------------------------------------------------------------------------------------------------------------------
 set -uf
-unset CDPATH
-cd "$(dirname "$0")" || exit 1
+CDPATH= cd -- "$(dirname -- "$0")" || exit
+malloc="THP_MEM_ALLOC_ENABLE=1 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=33554432"  # 20 % of a step on a CPU
 
-# One run on two CPU cores, in minutes; that of 5-Datasets is an estimate
-CPU_MINUTES_pmnist=2
-CPU_MINUTES_cifar100=120
-CPU_MINUTES_cifar100_superclass=40
-CPU_MINUTES_five_datasets=1440
+fail() { echo "run_experiments.sh: error: $2" >&2; exit "$1"; }
 
-fail() {  # STATUS MESSAGE
-    echo "run_experiments.sh: error: $2" >&2
-    exit "$1"
+satisfied() {  # by recorded versions: a CUDA torchvision beside a CPU torch does for the scripts, but cannot be imported
+    python -c 'if True:
+        import importlib.metadata, packaging.requirements, sys
+        sys.version_info >= (3, 10) or sys.exit(1)
+        for wanted in map(packaging.requirements.Requirement, open("requirements.txt").read().split()):
+            wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True) or sys.exit(1)' 2>/dev/null
 }
 
-satisfies() {  # whether the Python $1 has what requirements.txt asks for; what it lacks is printed
-    # By the recorded versions, not by import: a CUDA torchvision beside a CPU torch does for the scripts, but fails to import
-    "$1" - 2>/dev/null <<'END'
-import re, sys
-from importlib.metadata import version
-from importlib.util import find_spec
-
-def numbers(text):  # "2.13.0+cpu" -> [2, 13, 0]
-    return [int(n) for n in re.findall(r"\d+", text.partition("+")[0])]
-
-def satisfied(requirement):  # "name>=a,<b"
-    name, low, high = re.fullmatch(r"(\w+)>=([\d.]+),<([\d.]+)", requirement).groups()
-    return find_spec(name) is not None and numbers(low) <= numbers(version(name)) < numbers(high)
-
-lacking = [requirement for requirement in open("requirements.txt").read().split() if not satisfied(requirement)]
-if sys.version_info < (3, 10):
-    lacking.insert(0, "Python>=3.10")
-print(*lacking)
-sys.exit(len(lacking) > 0)
-END
-}
-
-environment() {  # print the path of the file that activates the environment, or nothing if the current Python will do
-    local python lacking
-    if lacking=$(satisfies python); then return; fi
-    if [ -e .venv/unfinished ]; then
-        if kill -0 "$(cat .venv/unfinished)" 2>/dev/null; then fail 1 "another process is installing into $PWD/.venv: wait for it"; fi
-        rm -rf .venv
+environment() {  # make .venv if needed, print the command that activates it
+    if ! (. .venv/bin/activate && satisfied) 2>/dev/null; then
+        echo "python lacks what requirements.txt asks for: installing it into $PWD/.venv. This is done once." >&2
+        for python in python python3 python3.1{4,3,2,1,0} false; do
+            "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
+        done
+        { "$python" -m venv .venv && .venv/bin/python -m pip install -r requirements.txt; } >&2 ||
+            fail 1 "$PWD/.venv was not made, see above: it takes Python 3.10 or later; try again, at last without that folder"
     fi
-    if ! satisfies .venv/bin/python >/dev/null; then
-        python=$(command -v python || echo "no python")
-        echo "$python${lacking:+ lacks $lacking}: installing requirements.txt into $PWD/.venv. This is done once." >&2
-        if [ ! -e .venv ]; then
-            for python in python python3 python3.13 python3.12 python3.11 python3.10 ""; do
-                "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
-            done
-            [ -n "$python" ] || fail 1 "Python 3.10 or later is needed and was not found"
-            # The file "unfinished" is there until the last package is: what is left of a killed installation is not used
-            { mkdir .venv && echo $$ >.venv/unfinished && "$python" -m venv .venv >&2; } || fail 1 "$python could not make $PWD/.venv, see above"
-        fi
-        .venv/bin/python -m pip install -r requirements.txt >&2 || fail 1 "pip could not install requirements.txt into $PWD/.venv, see above"
-        rm -f .venv/unfinished
-    fi
-    (. .venv/bin/activate && satisfies python >/dev/null) || fail 1 "$PWD/.venv does not work here (was its folder moved?): remove it and try again"
-    echo "$PWD/.venv/bin/activate"
+    printf '. %q\n' "$PWD/.venv/bin/activate"
 }
 
-variants() {  # print the flags of each run of the benchmark $1, one run per line
-    local order
-    case $1 in
-        cifar100_superclass)
-            for order in 0 $([ -n "$QUICK" ] || echo 1 2 3 4); do
-                printf '%s\n' " --t_order $order" " --t_order $order --official_data"
-            done ;;
-        five_datasets)
-            echo
-            [ -n "$QUICK" ] || echo " --official_data" ;;  # the same as without in the first tasks
-        *) echo ;;
-    esac
-}
-
-quick_flags() {  # print the flags that make a run of the benchmark $1 short
-    case $1 in
-        five_datasets) echo " --overwrite --n_epochs 1 --n_tasks 2 --pc_valid 0.9" ;;  # validation is cheaper than training
-        *) echo " --overwrite --n_epochs 1 --n_tasks 3" ;;
-    esac
-}
-
-runs() {  # print one line per run: its name, a tab, its command
-    local benchmark seed variant flags name
+runs() {  # print script and flags of each run, one run per line
     for benchmark in $BENCHMARKS; do
-        for seed in ${SEEDS:-default}; do
-            variants "$benchmark" | while IFS= read -r variant; do
-                flags=$variant
-                [ "$seed" = default ] || flags=" --seed $seed$variant"
-                name=seed_$seed${variant// --/_}
-                name=${name// /_}
-                if [ -n "$QUICK" ]; then
-                    name=quick_$name
-                    flags="$flags$(quick_flags "$benchmark") --run_name $name"
-                fi
-                printf '%s/%s\tcd %s && python main_%s.py%s\n' "$benchmark" "$name" "$(quote "$PWD")" "$benchmark" "$flags$arguments"
-            done
+        for seed in ${SEEDS:-""}; do
+            case $benchmark${QUICK:+-quick} in
+                cifar100_superclass) printf ' --t_order %s\n' {0,1,2,3,4}{,' --official_data'} ;;
+                cifar100_superclass-quick) printf ' --t_order %s\n' 0{,' --official_data'} ;;
+                five_datasets) printf '%s\n' '' ' --official_data' ;;
+                five_datasets-quick) echo ' --pc_valid 0.9' ;;  # a short epoch; --official_data has the same first tasks
+                *) echo ;;
+            esac | sed "s/^/main_$benchmark.py${seed:+ --seed $seed}/"
         done
     done
 }
 
-quote() {  # print $1 as a word of a shell command
-    local quoted="'\\''"
-    case $1 in
-        *[!A-Za-z0-9_./=,:+@%-]* | "") echo "'${1//\'/$quoted}'" ;;
-        *) echo "$1" ;;
-    esac
+run() {  # run a line of runs(); its output is added to its log, a failure to the file $failures
+    local command="python $1$arguments" log="models/logs/${1// /_}.txt"
+    echo "--- $(date): $command" | tee -a "$log"
+    if [ "$JOBS" = 1 ]; then eval "$command" 2>&1 | tee -a "$log"; else eval "$command" >>"$log" 2>&1; fi
+    [ "${PIPESTATUS[0]}" = 0 ] || echo "failed: $command, see $PWD/$log" >>"$failures"
 }
 
-run() {  # do what a line of runs() says; a failure is noted in the file $failures
-    local name=${1%%$'\t'*} command=${1#*$'\t'} log status
-    log=$PWD/models/logs/$name.txt
-    mkdir -p "${log%/*}"
-    echo "--- $name: ${command#* && }"
-    echo "--- $(date): ${command#* && }" >>"$log"
-    if [ "$JOBS" = 1 ]; then
-        (eval "$command") 2>&1 | tee -a "$log"
-        status=${PIPESTATUS[0]}
-    else
-        (eval "$command") >>"$log" 2>&1
-        status=$?
-        echo "--- $name: ended with status $status, $(tail -n 2 "$log" | tr '\n' ' ')"
-    fi
-    [ "$status" = 0 ] || echo "failed with status $status: $name, see $log" >>"$failures"
-}
-
-interrupted() {  # end what runs, all of it
-    trap '' INT TERM HUP
-    kill -TERM -- "-$group" 2>/dev/null
-    for _ in 1 2 3 4 5 6 7 8 9 10; do
-        kill -0 -- "-$group" 2>/dev/null || break
-        sleep 0.2
-    done
-    kill -KILL -- "-$group" 2>/dev/null
-    echo "Interrupted. The same command goes on where this one stopped: nothing but the epochs at work is lost." >&2
+interrupted() {  # end the runs, then this script
+    kill -TERM -- "-$!" 2>/dev/null
+    for _ in {1..50}; do kill -0 -- "-$!" 2>/dev/null && sleep 0.1; done
+    echo "Interrupted. The same command goes on where this one stopped." >&2
     exit 130
 }
 
-# What is asked for
-[ -e requirements.txt ] || fail 1 "$PWD is not the repository: the script works on what lies beside it, do not copy it elsewhere"
-todo=--run
-while [ $# -gt 0 ]; do
-    case $1 in
-        --setup | --list | --help) todo=$1 ;;
-        --) shift; break ;;
-        *) fail 2 "unknown option $1; there are --setup, --list, --help, and -- before arguments for the scripts" ;;
-    esac
-    shift
+option=${1-}
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    case $1 in --setup | --list | --help) shift ;; *) fail 2 "unknown option $1; flags for the scripts go after --" ;; esac
 done
-arguments= models_dir=models before=
-for word in "$@"; do
-    arguments="$arguments $(quote "$word")"
-    if [ "$before" = --models_dir ]; then models_dir=$word; fi
-    case $word in --models_dir=*) models_dir=${word#*=} ;; esac
-    before=$word
-done
-
-# echo leaves one space between words
-SEEDS=$(echo ${SEEDS-}) BENCHMARKS=$(echo ${BENCHMARKS-}) JOBS=${JOBS:-1} QUICK=${QUICK-}
-[ "$QUICK" != 0 ] || QUICK=
+SEEDS=$(echo ${SEEDS-}) BENCHMARKS=$(echo ${BENCHMARKS-}) JOBS=${JOBS:-1} QUICK=${QUICK-}  # echo: one space between words
+BENCHMARKS=${BENCHMARKS:-pmnist cifar100 cifar100_superclass five_datasets} QUICK=${QUICK#0}
 case $JOBS in *[!0-9]* | 0* | ????*) fail 2 "JOBS must be a number of runs at a time, from 1 to 999, not '$JOBS'" ;; esac
 case $SEEDS in *[!0-9\ ]*) fail 2 "SEEDS must be numbers with spaces between them, not '$SEEDS'" ;; esac
-if [ -z "$BENCHMARKS" ]; then
-    for word in pmnist cifar100 cifar100_superclass five_datasets; do [ ! -e "main_$word.py" ] || BENCHMARKS="$BENCHMARKS $word"; done
-fi
-for word in $BENCHMARKS; do [ -e "main_$word.py" ] || fail 2 "unknown benchmark '$word': there is no main_$word.py in $PWD"; done
-
-if [ -n "${GPM_ONLY_ENVIRONMENT-}" ]; then  # for the caller's shell, which activates it
-    case $todo in --run | --setup) environment ;; esac
-    exit
-fi
-case $todo in
+for word in $BENCHMARKS; do [ -e "main_$word.py" ] || fail 2 "BENCHMARKS: there is no main_$word.py in $PWD"; done
+arguments=${QUICK:+ --n_epochs 1 --n_tasks 2 --models_dir models/quick}$([ $# -lt 2 ] || printf ' %q' "${@:2}")
+case $option in
     --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${0##*/}"; exit ;;
-    --list) runs | cut -f 2-; exit ;;
+    --list) runs | while read -r run; do printf 'cd %q && env %s python %s\n' "$PWD" "$malloc" "$run$arguments"; done; exit ;;
+    --setup) satisfied || environment; exit ;;
 esac
-activate=$(environment) || exit
-if [ -n "$activate" ]; then . "$activate"; fi
-if [ $todo = --setup ]; then exit; fi
+activate=$(satisfied || environment) && eval "$activate" || exit
 
-if [ -z "$QUICK" ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    minutes=0
-    for word in $(runs | cut -d / -f 1); do
-        word=CPU_MINUTES_$word
-        minutes=$((minutes + ${!word:-0}))
-    done
-    echo "torch sees no GPU: on two CPU cores these runs take roughly $((minutes / 60)) h $((minutes % 60)) min in all," \
-        "less what is finished already; QUICK=1 takes minutes."
-fi
-if [ "$JOBS" -gt 1 ]; then
-    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-    threads=$((cores > JOBS ? cores / JOBS : 1))
-    export OMP_NUM_THREADS=$threads MKL_NUM_THREADS=$threads OPENBLAS_NUM_THREADS=$threads
-fi
-
-failures=$(mktemp) || exit 1
-trap 'rm -f "$failures"' EXIT
-export JOBS failures
+[ -n "$QUICK" ] || python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    echo "warning: torch sees no GPU, so the runs go to the CPU and take hours to days; QUICK=1 takes minutes" >&2
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) threads=$((cores > JOBS ? cores / JOBS : 1))
+[ "$JOBS" = 1 ] || export OMP_NUM_THREADS=$threads MKL_NUM_THREADS=$threads
+if [ -n "$QUICK" ]; then rm -rf models/quick; fi
+mkdir -p models/logs && failures=$(mktemp) || exit
+trap 'rm "$failures"' EXIT
+export $malloc PYTHONUNBUFFERED=1 JOBS arguments failures
 export -f run
 set -m  # the runs become a process group of their own, which can be ended as a whole
-runs | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c 'run "$1"' run &
-group=$(jobs -p %1)
+(runs | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c 'run "$1"' run) &
 trap interrupted INT TERM HUP
 set +m
-wait
-if [ -e models/report.py ]; then python models/report.py --models_dir "$models_dir" || echo "failed: models/report.py" >>"$failures"; fi
-cat "$failures" >&2
-[ ! -s "$failures" ]
+wait "$!" || echo "xargs failed: not all was run" >>"$failures"
+eval python models/report.py $(grep -oE -- '--models_dir[ =]([^\ ]|\\.)+' <<<"$arguments") ||  # the --models_dir of the runs
+    echo "failed: models/report.py" >>"$failures"
+! grep . "$failures" >&2

@@ -3,5 +3,5 @@
     pmnist, cifar100, cifar100_superclass, five_datasets   one benchmark each: which images, which split, which labels
     task                                                   what they return: tensors made on demand from shared bytes
     raw                                                    uint8 images of a data set, from wherever they can be had
-    decode                                                 the file formats these images come in
+    packages                                               the last of these places: packages that carry such images
 """

@@ -6,7 +6,7 @@ they belong. The paper's number probably rests on these; args.official_data asks
 import numpy as np
 
 from dataloader.raw import load_raw
-from dataloader.task import Part, Task, canonical_order, normalise, random_split
+from dataloader.task import Task, canonical_order, normalise, random_split
 
 # The coarse classes in CIFAR-100's order, with their fine labels. The label within a task is the rank of the fine label.
 SUPERCLASSES = (
@@ -42,23 +42,16 @@ ORDERS = (
 
 
 def load(data_dir, args):
-    """Return the first args.n_tasks tasks; inputs are (n, 3, 32, 32). Raises DataError.
-
-    Also reads args.seed, args.pc_valid, args.t_order (0 .. 4) and args.official_data.
-    """
+    """Return args.n_tasks tasks, inputs (n, 3, 32, 32). Reads args.seed, pc_valid, t_order, official_data. Raises DataError."""
     raw = load_raw("cifar100", data_dir)
     test_order = canonical_order(raw.x_test, raw.y_test)
-    rank = np.empty(100, np.int64)
-    for _, fine_labels in SUPERCLASSES:
-        rank[list(fine_labels)] = range(5)
-    y_train, y_test = rank[raw.y_train], rank[raw.y_test]
     tasks = []
     for t, superclass in enumerate(ORDERS[args.t_order][: args.n_tasks]):
         name, fine_labels = SUPERCLASSES[superclass]
         train, valid = random_split(np.flatnonzero(np.isin(raw.y_train, fine_labels)), args.pc_valid, args.seed, t)
         test = test_order[np.isin(raw.y_test[test_order], fine_labels)]
-        tasks.append(Task(name, raw.info, scrambled if args.official_data else to_input, Part(raw.x_train, y_train, train),
-                          Part(raw.x_train, y_train, valid), Part(raw.x_test, y_test, test)))
+        ranks = raw._replace(y_train=np.searchsorted(fine_labels, raw.y_train), y_test=np.searchsorted(fine_labels, raw.y_test))
+        tasks.append(Task(name, ranks, scrambled if args.official_data else to_input, train, valid, test))
     return tasks
 
 

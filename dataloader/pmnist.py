@@ -6,22 +6,21 @@ import numpy as np
 import torch
 
 from dataloader.raw import load_raw
-from dataloader.task import Part, Task, canonical_order, normalise, split
+from dataloader.task import Task, canonical_order, normalise, split
 
 MEAN, STD = [0.1307], [0.3081]
 
 
 def load(data_dir, args):
-    """Return the first args.n_tasks tasks; inputs are (n, 784). Also reads args.seed and args.pc_valid. Raises DataError."""
+    """Return args.n_tasks tasks, inputs (n, 784). Reads args.seed, pc_valid. Raises DataError."""
     raw = load_raw("mnist", data_dir)
     train, valid = split(np.arange(len(raw.x_train)), args.pc_valid)
-    parts = [Part(raw.x_train, raw.y_train, train), Part(raw.x_train, raw.y_train, valid),
-             Part(raw.x_test, raw.y_test, canonical_order(raw.x_test, raw.y_test))]
+    test = canonical_order(raw.x_test, raw.y_test)
     tasks = []
     for t in range(args.n_tasks):
         # A generator per task: the first tasks are the same however many follow.
         pixels = torch.from_numpy(np.random.default_rng([args.seed, t]).permutation(28 * 28))
-        tasks.append(Task(f"permutation {t + 1}", raw.info, lambda x, pixels=pixels: permuted(x, pixels), *parts))
+        tasks.append(Task(f"permutation {t + 1}", raw, lambda x, pixels=pixels: permuted(x, pixels), train, valid, test))
     return tasks
 
 

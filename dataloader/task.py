@@ -1,6 +1,5 @@
 """A task: train, validation and test tensors, made on demand from uint8 images that all tasks of a set share."""
 import hashlib
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,52 +9,35 @@ from dataloader.raw import DataError
 CHUNK = 512  # images converted at once: what is needed beside the result stays small, and in the processor's cache
 
 
-class Part(NamedTuple):
-    """The images of one part of a task: positions index (n,) in shared uint8 images x and int64 labels y."""
-    x: np.ndarray
-    y: np.ndarray
-    index: np.ndarray
-
-
 class Task:
-    """A classification task.
+    """A classification task: some of the images of raw, a Raw whose labels are those within the task.
 
-    name       for people
-    data       which data set, from where, and whether complete: `Raw.info`
-    train, valid, test        (x, y) float32 inputs ready for the network, (n, ...), and int64 labels, (n,)
-    n_train, n_valid, n_test  their lengths
-
-    A part is made anew each time it is asked for and not kept: ten tasks on MNIST's images cost what one does. The test part
-    comes in an order that depends on the images alone, see canonical_order.
+    train, valid, test: (x, y), float32 inputs ready for the network, (n, ...), and int64 labels, (n,). A part is made anew each
+    time it is asked for and not kept: ten tasks on MNIST's images cost what one does. n_train, n_valid, n_test: their lengths.
+    data: which data set, from where, and whether complete.
     """
 
-    def __init__(self, name, data, to_input, train, valid, test):
-        """to_input: function from uint8 images (n, ...) to float32 inputs. train, valid, test: Part."""
-        for part, kind in (train, "training"), (test, "test"):
-            if len(part.index) == 0:
-                raise DataError(f"{data['set']} ({data['source']}) has no {kind} images for the task {name!r}")
-        self.name, self.data = name, data
-        self._to_input, self._train, self._valid, self._test = to_input, train, valid, test
-        self.n_train, self.n_valid, self.n_test = len(train.index), len(valid.index), len(test.index)
+    def __init__(self, name, raw, to_input, train, valid, test):
+        """to_input: function from uint8 images (n, ...) to inputs. train, valid, test: positions in raw. Raises DataError."""
+        for index, kind in (train, "training"), (test, "test"):
+            if len(index) == 0:
+                raise DataError(f"{raw.name} ({raw.source}) has no {kind} images for the task {name!r}")
+        self.name, self.data, self._raw, self._to_input = name, raw.info, raw, to_input
+        self._index = {"train": train, "valid": valid, "test": test}
+        self.n_train, self.n_valid, self.n_test = len(train), len(valid), len(test)
 
-    @property
-    def train(self):
-        return self._tensors(self._train)
-
-    @property
-    def valid(self):
-        return self._tensors(self._valid)
-
-    @property
-    def test(self):
-        return self._tensors(self._test)
+    train = property(lambda self: self._tensors("train"))
+    valid = property(lambda self: self._tensors("valid"))
+    test = property(lambda self: self._tensors("test"))
 
     def _tensors(self, part):
-        # Copies of the images, all of them: torch warns of arrays that are read-only, as a decoder may leave them
-        x = torch.empty(len(part.index), *self._to_input(part.x[[0]]).shape[1:])
+        index, raw = self._index[part], self._raw
+        images, labels = (raw.x_test, raw.y_test) if part == "test" else (raw.x_train, raw.y_train)
+        # Copies of the images, all of them: torch warns of arrays that are read-only, as a reader may leave them
+        x = torch.empty(len(index), *self._to_input(images[[0]]).shape[1:])
         for start in range(0, len(x), CHUNK):
-            x[start:start + CHUNK] = self._to_input(part.x[part.index[start:start + CHUNK]])
-        return x, torch.from_numpy(part.y[part.index])
+            x[start:start + CHUNK] = self._to_input(images[index[start:start + CHUNK]])
+        return x, torch.from_numpy(labels[index])
 
 
 def normalise(images, mean, std):

@@ -1,5 +1,4 @@
 """Small data sets in the files that the real ones come in, for tests."""
-import gzip
 import hashlib
 import io
 import pickle
@@ -10,13 +9,13 @@ from scipy.io import savemat
 
 from dataloader import raw
 
+IDX_FILES = "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+
 
 def small_arrays(name, n_train, n_test, seed=0):
     """Arrays as load_raw returns them: as many images of each class as of any other, no two alike, a class easy to tell."""
-    rng = np.random.default_rng(seed)
-    spec = raw.SETS[name]
+    spec, rng, arrays = raw.SETS[name], np.random.default_rng(seed), {}
     prototypes = rng.integers(0, 192, (spec.n_classes, *spec.shapes[0]))
-    arrays = {}
     for split, n in ("train", n_train), ("test", n_test):
         y = rng.permutation(n) % spec.n_classes
         arrays[f"x_{split}"] = (prototypes[y] + rng.integers(0, 64, (n, *spec.shapes[0]))).astype(np.uint8)
@@ -31,57 +30,47 @@ def write_npz(folder, name, arrays, **more):
     return path
 
 
-def write_own_files(folder, name, arrays, monkeypatch, packed=False):
-    """Write the set's own files into folder, and have their digests expected. packed: idx.gz instead of idx. Returns the paths."""
+def write_own_files(folder, name, arrays, monkeypatch):
+    """Write the set's own files into folder, and have their digests expected."""
+    x, y, x_test, y_test = (arrays[key] for key in raw.KEYS)
     if name == "notmnist":
-        return [write_notmnist(folder, arrays, monkeypatch)]
+        pickles = ({"features": images[:, None], "labels": labels} for images, labels in ((x, y), (x_test, y_test)))
+        return write_notmnist(folder, *pickles, monkeypatch)
+    if name in raw.PACKAGES:
+        sha256 = hashlib.sha256(b"".join(arrays[key].astype(np.uint8).tobytes() for key in raw.KEYS)).hexdigest()
+        monkeypatch.setitem(raw.PACKAGES, name, (*raw.PACKAGES[name][:-1], sha256))
     dataset = getattr(raw.torchvision_datasets(), raw.SETS[name].dataset)
     if name in ("mnist", "fashion_mnist"):
-        folder, suffix = folder / dataset.__name__ / "raw", ".gz" if packed else ""
-        pack = gzip.compress if packed else bytes
-        contents = {file + suffix: pack(idx(arrays[key])) for key, file in raw.IDX_FILES.items()}
-        if packed:
-            monkeypatch.setattr(dataset, "resources", [(file, md5(content)) for file, content in contents.items()])
+        contents = {file: idx(arrays[key]) for file, key in zip(IDX_FILES, raw.KEYS)}
     elif name == "svhn":
-        contents = {f"{split}_32x32.mat": svhn(*xy) for split, xy in splits(arrays)}
-        monkeypatch.setattr(dataset, "split_list", {file.split("_")[0]: ["no host", file, md5(content)]
-                                                    for file, content in contents.items()})
+        contents = {"train_32x32.mat": svhn(x, y), "test_32x32.mat": svhn(x_test, y_test)}
     else:
-        folder = folder / dataset.base_folder
-        (_, (x, y)), (_, test) = splits(arrays)
-        if name == "cifar10":
-            batches = zip(np.array_split(x, 5), np.array_split(y, 5))
-            contents = {f"data_batch_{i}": cifar(*batch, "labels") for i, batch in enumerate(batches, start=1)}
-            contents["test_batch"] = cifar(*test, "labels")
-        else:
-            contents = {"train": cifar(x, y, "fine_labels"), "test": cifar(*test, "fine_labels")}
-        digests = [[file, md5(content)] for file, content in contents.items()]
-        monkeypatch.setattr(dataset, "train_list", digests[:-1])
-        monkeypatch.setattr(dataset, "test_list", digests[-1:])
+        n = len(dataset.train_list)
+        parts = zip([*dataset.train_list, *dataset.test_list], [*np.array_split(x, n), x_test], [*np.array_split(y, n), y_test])
+        contents = {file: cifar(x, y, "labels" if name == "cifar10" else "fine_labels") for (file, _), x, y in parts}
+        contents[dataset.meta["filename"]] = pickle.dumps({dataset.meta["key"]: []})
+    md5 = [(file, hashlib.md5(content).hexdigest()) for file, content in contents.items()]
+    if name == "svhn":
+        monkeypatch.setattr(dataset, "split_list", dict(train=["no host", *md5[0]], test=["no host", *md5[1]]))
+    elif "cifar" in name:
+        monkeypatch.setattr(dataset, "train_list", md5[:-2])
+        monkeypatch.setattr(dataset, "test_list", md5[-2:-1])
+        monkeypatch.setitem(dataset.meta, "md5", md5[-1][1])
+    folder = (folder / raw.SETS[name].files).parent
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in contents.items():
         (folder / file).write_bytes(content)
-    return [folder / file for file in contents]
 
 
-def write_notmnist(folder, arrays, monkeypatch, **pickles):
-    """Write notmnist.zip and have its blob id expected. pickles: what to store in place of a split's features and labels."""
+def write_notmnist(folder, train, test, monkeypatch):
+    """Write notmnist.zip, with what the pickle of each split is to hold, and have its blob id expected."""
     path = folder / "notmnist.zip"
+    folder.mkdir(exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for split, (x, y) in splits(arrays):
-            part = pickles.get(split, {"features": x[:, None].astype(np.float32), "labels": y})
-            archive.writestr(f"notmnist_{split}.pkl", pickle.dumps(part, protocol=2))
+        archive.writestr("notmnist_train.pkl", pickle.dumps(train, protocol=2))
+        archive.writestr("notmnist_test.pkl", pickle.dumps(test, protocol=2))
     content = path.read_bytes()
     monkeypatch.setattr(raw, "NOTMNIST_BLOB", hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
-    return path
-
-
-def splits(arrays):
-    return [(split, (arrays[f"x_{split}"], arrays[f"y_{split}"])) for split in ("train", "test")]
-
-
-def md5(content):
-    return hashlib.md5(content).hexdigest()
 
 
 def idx(array):
