@@ -50,7 +50,7 @@ def test_tables_and_bands_are_what_the_report_prints(printed):
 
 def test_the_figures_of_the_benchmark_are_those_of_a_run():
     run = (ROOT / "tests" / "benchmark.md").read_text().split("\n## ")[1]
-    commit = re.search(r", commit (\w+);", run)[1]  # of committed code: no "with changes"
+    commit = re.search(r"(?m), commit (\w+)$", run)[1]  # of committed code: no "with changes"
     table = [line for line in run.splitlines() if line.startswith("|")]
     assert len(table) >= 6 and "\n".join(table) in README and f"at commit {commit}" in README
 
