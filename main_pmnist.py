@@ -180,9 +180,9 @@ def update_basis(M, R, eps):
         from scipy.linalg import svd
         U, S, _ = map(torch.from_numpy, svd(R_hat.numpy(), full_matrices=False, lapack_driver="gesvd"))
     energy, gained = R.square().sum(), S.square()
-    held = (energy - gained.sum()).clamp(min=0) + gained.cumsum(0) - gained  # by M and the columns before each one
-    r = ((held < eps * energy) & (gained > 1e-12 * energy)).sum()  # smaller ones are rounding noise, not directions
-    return torch.cat([M, U[:, :r].to(M)], dim=1)
+    held = (energy - gained.sum()).clamp(min=0) + gained.cumsum(0) - gained  # energy in [M, U_1 .. U_i]
+    k = ((held < eps * energy) & (gained > 1e-12 * energy)).sum()  # smaller ones are rounding noise, not directions
+    return torch.cat([M, U[:, :k].to(M)], dim=1)
 
 
 def update_bases(model, task, x, bases, eps, n_samples):
@@ -213,9 +213,9 @@ class ProjectedLinear(torch.autograd.Function):
 
 
 def project_gradients(model):
-    """From now on let each layer's weight receive G - G M M^T in place of G (Eq. 6-7), M being what the dict then holds.
+    """From now on let each layer's weight receive G - G M M^T in place of G (Eq. 6-7), M as bases holds it at each step.
 
-    Returns the dict, {name: M}, M without columns as yet: (d, 0), which projects nothing.
+    Returns bases, {name: M}, every M without columns as yet: (d, 0), which projects nothing.
     """
     bases = {}
     for name, layer in projected_layers(model).items():
@@ -272,7 +272,7 @@ START_OF_TASK = {"epoch": 0, "waited": 0, "best_loss": math.inf, "best": None, "
 
 
 def train_task(model, task, train, valid, args, run, folder):
-    """Train on one task, and leave the network with the weights that had the lowest validation loss.
+    """Train on one task, and leave the network with the weights of the lowest validation loss (lr_patience 0: the last ones).
 
     After lr_patience epochs without a lower one the learning rate is divided by lr_factor; the task ends when it falls below
     lr_min. train, valid: (x, y). run: where the training stands (see main), saved to the folder as it goes.
@@ -374,7 +374,7 @@ def load_run(folder, run, model):
 
 # 7. Main --------------------------------------------------------------------------------------------------------------
 def load_tasks(args, model):
-    """The benchmark's tasks, once it is clear that the flags fit the network and the data."""
+    """The benchmark's tasks (dataloader.task.Task), once it is clear that the flags fit the network and the data."""
     layers = projected_layers(model)
     for flag in "threshold", "n_samples":
         if len(getattr(args, flag)) not in (1, len(layers)):
@@ -393,14 +393,14 @@ def load_tasks(args, model):
 def main(args):
     """Train on the tasks one after another and report ACC and BWT."""
     folder = Path(args.models_dir) / Path(__file__).stem.removeprefix("main_") / args.run_name
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # its three digits would move old outputs
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # its error of 1e-3 would move old outputs
     torch.backends.cudnn.deterministic = True  # a resumed run repeats the stopped one on a GPU too
     torch.manual_seed(args.seed)
-    layout = torch.channels_last if args.device.type == "cpu" else torch.preserve_format  # 20 % of a CPU's step
+    layout = torch.channels_last if args.device.type == "cpu" else torch.preserve_format  # saves 20 % of a CPU's step
     model = build_model(args).to(args.device, memory_format=layout)
     bases = project_gradients(model)
     tasks = load_tasks(args, model)
-    thresholds, n_samples = args.threshold * len(bases), args.n_samples * len(bases)  # one value stands for all layers
+    thresholds, n_samples = (v if len(v) > 1 else v * len(bases) for v in (args.threshold, args.n_samples))  # one for all
     run = {"bases": bases, "lr": args.lr, **START_OF_TASK, "results": {  # what a checkpoint keeps beside the weights
         "args": {flag: value for flag, value in vars(args).items() if flag != "changed" and flag not in PLACES},
         "changed": args.changed,

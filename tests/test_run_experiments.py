@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHELLS = {"bash": ["bash", "--norc", "--noprofile"], "zsh": ["zsh", "-f"]}
 ALLOCATOR = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_MMAP_THRESHOLD_": "33554432"}
-VARIABLES = ("OMP_NUM_THREADS", *ALLOCATOR, "SEEDS", "BENCHMARKS", "JOBS", "QUICK", "PYTHONPATH", "PYTHONUNBUFFERED")
+VARIABLES = ("OMP_NUM_THREADS", *ALLOCATOR, "SEEDS", "BENCHMARKS", "JOBS", "QUICK", "PYTHONPATH", "PYTHONUNBUFFERED",
+             "VIRTUAL_ENV")
 STATE = {"bash": "set +o; shopt -p; pwd; trap; declare -F; export -p; compgen -v",
          "zsh": "set -o; pwd; trap; print -rl -- ${(ok)functions}; export; print -rl -- ${(ok)parameters}"}
 # A script that notes how it was called, then does what the file "behaviour" says
