@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from test_scripts import SHORT, Bench, bench  # noqa: F401
+from test_scripts import Bench, bench  # noqa: F401
 
 GPU = torch.device("meta")  # fake tensors on "cuda" cannot run a backward pass in a torch without CUDA
 
