@@ -61,7 +61,7 @@ def canonical_order(x, y):
 
 
 def split(order, pc_valid):
-    """Split positions into a training part and, first in order, a validation part of the share pc_valid, 0 <= pc_valid < 1.
+    """Split positions into a training part and, first in order, a validation part of the share pc_valid, 0 < pc_valid < 1.
 
     Raises DataError where the share is so small that it comes to no image.
     """

@@ -1,6 +1,6 @@
-"""Time of the scripts' functions against a plain implementation of the same mathematics, on the same images in one run.
+"""Time of the scripts' functions against a plain implementation of the same mathematics, on the same random images in one run.
 
-    python tests/benchmark.py --benchmarks pmnist cifar100 --device cuda --data_dir data
+    python tests/benchmark.py --benchmarks pmnist cifar100 --device cuda
 
 Plain is the method as its equations read: each gradient times a dense d x d matrix M M^T after the backward pass, patches
 gathered in loops, two SVDs per basis, all heads, the paper's order of layers, PyTorch's dropout, LocalResponseNorm and number
@@ -8,7 +8,6 @@ of threads, an evaluation of the training images after each epoch. Here is what 
 done once per task: M M^T, or PMNIST's projected images. Both are faster with run_experiments.sh's settings of the allocator.
 """
 import argparse
-import contextlib
 import importlib
 import json
 import statistics
@@ -22,13 +21,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the scripts and the loaders
+sys.path.insert(0, str(ROOT))  # the scripts
 THREADS = torch.get_num_threads()
-BENCHMARKS = {  # data sets; shape of an image; images of an epoch, for 5-Datasets not of a whole one; steps timed in one go
-    "pmnist": ("mnist", (784,), 54_000, 200),
-    "cifar100": ("cifar100", (3, 32, 32), 4_750, 2),
-    "cifar100_superclass": ("cifar100", (3, 32, 32), 2_375, 2),
-    "five_datasets": ("cifar10 mnist svhn fashion_mnist notmnist", (3, 32, 32), 1_280, 2),
+BENCHMARKS = {  # shape of an image; images of an epoch, for 5-Datasets not of a whole one; steps timed in one go
+    "pmnist": ((784,), 54_000, 200),
+    "cifar100": ((3, 32, 32), 4_750, 2),
+    "cifar100_superclass": ((3, 32, 32), 2_375, 2),
+    "five_datasets": ((3, 32, 32), 1_280, 2),
 }
 
 
@@ -112,19 +111,15 @@ class Form:
         return R, M
 
 
-def tasks_of(name, data_dir):
-    """(number, images, labels, bases so far) of task 1 and of the last one, and a note on where they are from."""
-    (data_sets, shape, n, _), form = BENCHMARKS[name], Form(name, False, torch.device("cpu"))
-    parts, kind = [(torch.randn(n, *shape), torch.arange(n) % 5)] * 2, "random images"
-    if all((Path(data_dir) / f"{data_set}.npz").exists() for data_set in data_sets.split()):
-        tasks = form.script.benchmark.load(data_dir, form.args)
-        parts, kind = [tasks[0].train, tasks[-1].train], "images"
+def tasks_of(name):
+    """(number, images, labels, bases so far) of task 1 and of the last one, and a note on the ranks of the bases."""
+    (shape, n, _), form = BENCHMARKS[name], Form(name, False, torch.device("cpu"))
     late = [(path.parent.name, ranks[-1]) for path in sorted((ROOT / "models" / name).glob("*/results.json"))
             if len(ranks := json.loads(path.read_text())["ranks"]) == form.args.n_tasks]
     run, ranks = [*late, ("no run: 0.7 of the widths", {layer: round(0.7 * len(M)) for layer, M in form.bases.items()})][0]
     bases = {layer: torch.linalg.qr(torch.randn(len(M), ranks[layer]).double())[0] for layer, M in form.bases.items()}
-    tasks = [(t, x[:n], y[:n], M) for t, (x, y), M in zip((0, form.args.n_tasks - 1), parts, (form.bases, bases))]
-    return tasks, f"{name}: {len(tasks[1][1]):,} {kind} in an epoch, ranks of {run}"
+    x, y = torch.randn(n, *shape), torch.arange(n) % 5
+    return [(0, x, y, form.bases), (form.args.n_tasks - 1, x, y, bases)], f"{name}: {n:,} images in an epoch, ranks of {run}"
 
 
 def check(name, tasks, device):
@@ -159,9 +154,9 @@ def race(work, forms, device):
     return [statistics.median(seconds) for seconds in zip(*times[1:])]
 
 
-def measure(name, data_dir, device):
+def measure(name, device):
     """Cells {row: text} of the benchmark's column, and a note."""
-    tasks, note = tasks_of(name, data_dir)
+    tasks, note = tasks_of(name)
     check(name, tasks, device)
     forms, times = [Form(name, plain, device) for plain in (True, False)], {}
     args = forms[0].args
@@ -183,14 +178,12 @@ def main():
     parser.error = lambda message: parser.exit(2, f"benchmark.py: error: {message}\n")
     parser.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="what to measure")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure it")
-    parser.add_argument("--data_dir", default="data", help="where prepared arrays are looked for")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda cannot be used: torch sees no GPU")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as in the scripts
     torch.backends.cudnn.deterministic = True
-    with contextlib.redirect_stdout(sys.stderr):  # what the loaders print
-        columns, notes = zip(*(measure(name, args.data_dir, torch.device(args.device)) for name in args.benchmarks))
+    columns, notes = zip(*(measure(name, torch.device(args.device)) for name in args.benchmarks))
     processor = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo 2>/dev/null | sed 's/.*: //' | grep . || uname -m")
     git = f"cd '{ROOT}'; git rev-parse --short HEAD 2>/dev/null || echo unknown; git status --porcelain -- '*.py' 2>/dev/null"
     commit, *changed = subprocess.getoutput(git).splitlines()

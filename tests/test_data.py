@@ -64,20 +64,6 @@ def assert_same_arrays(loaded, arrays):
         np.testing.assert_array_equal(array, arrays[key])
 
 
-@every_set
-def test_own_files_are_read_and_cached(name, tmp_path, monkeypatch, capsys):
-    arrays = small_arrays(name, 200, 100)
-    write_own_files(tmp_path, name, arrays, monkeypatch)
-    first = load_raw(name, str(tmp_path))
-    out = capsys.readouterr().out
-    assert out.startswith(f"{name}: 200 train / 100 test images from {first.source}, now {tmp_path / name}.npz\n{name}: not")
-    monkeypatch.setattr(raw, "find", None)  # the cache alone must do
-    second = load_raw(name, str(tmp_path))
-    assert_same_arrays(first, arrays)
-    assert_same_arrays(second, arrays)
-    assert second.info == first.info == {"set": name, "source": f"own files {raw.SETS[name].files}", "complete": False}
-
-
 @pytest.mark.parametrize("n_train, n_test, complete", [(30, 20, True), (30, 19, False), (29, 20, False)])
 def test_prepared_arrays_and_whether_they_are_complete(n_train, n_test, complete, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(raw.SETS, "svhn", raw.SETS["svhn"]._replace(n_train=30, n_test=20))
@@ -89,20 +75,30 @@ def test_prepared_arrays_and_whether_they_are_complete(n_train, n_test, complete
 
 
 @every_set
-def test_downloads_are_verified_cached_and_cleaned_up(name, tmp_path, monkeypatch):
-    arrays, host = small_arrays(name, 100, 100), tmp_path / "host"
+def test_own_files_and_downloads_are_read_verified_and_cached(name, tmp_path, monkeypatch, capsys):
+    arrays, files, host = small_arrays(name, 200, 100), raw.SETS[name].files, tmp_path / "host"
     write_own_files(host, name, arrays, monkeypatch)
     monkeypatch.setattr(raw, "NOTMNIST_URL", (host / "notmnist.zip").as_uri())
     if name != "notmnist":
         dataset = getattr(raw.torchvision_datasets(), raw.SETS[name].dataset)
         monkeypatch.setattr(dataset, "download", lambda self: shutil.copytree(host, self.root, dirs_exist_ok=True))
-    assert_same_arrays(load_raw(name, tmp_path / "a"), arrays)
-    assert os.listdir(tmp_path / "a") == [f"{name}.npz"] and socket.getdefaulttimeout() == 15
-    path = max(host.glob(raw.SETS[name].files))
+    downloaded = load_raw(name, tmp_path / "new")
+    assert os.listdir(tmp_path / "new") == [f"{name}.npz"] and socket.getdefaulttimeout() == 15
+    capsys.readouterr()
+    own = load_raw(name, str(host))
+    assert own.info == {"set": name, "source": f"own files {files}", "complete": False}
+    assert capsys.readouterr().out.startswith(
+        f"{name}: 200 train / 100 test images from own files {files}, now {host / name}.npz\n{name}: not the official ")
+    path = max(host.glob(files))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match="no images of .*\n  .*(download|notmnist.zip): .*(corrupted|git blob id is|invalid)"):
-        load_raw(name, tmp_path / "b")
-    assert os.listdir(tmp_path / "b") == []
+        load_raw(name, tmp_path / "other")
+    assert os.listdir(tmp_path / "other") == []
+    monkeypatch.setattr(raw, "find", None)  # the caches alone must do
+    for loaded, folder in (downloaded, tmp_path / "new"), (own, host):
+        assert load_raw(name, folder).info == loaded.info
+        assert_same_arrays(loaded, arrays)
+        assert_same_arrays(load_raw(name, folder), arrays)
 
 
 def package_files(name, split, x, y):
@@ -223,10 +219,8 @@ def test_damaged_npz_files_are_refused(save, tmp_path, monkeypatch):
 @pytest.mark.parametrize("key, change, reason", [
     ("x_train", None, "x_train is not a file in the archive"),
     ("x_train", lambda x: x / np.float32(255), "its train images are float32 (30, 32, 32, 3), not uint8 (N, ...) with images"),
-    ("x_test", lambda x: x.transpose(0, 3, 1, 2), "its test images are uint8 (20, 3, 32, 32)"),
     ("x_test", lambda x: x[:0], "its test images are uint8 (0, 32, 32, 3)"),
     ("y_train", lambda y: y[:-1], "its train labels are int64 (29,), not 30 integers"),
-    ("y_train", lambda y: y.astype(float), "its train labels are float64"),
     ("y_test", lambda y: y - 1, "its test labels run from -1 to 8, not from 0 to 9"),
     ("y_test", lambda y: y + 1, "its test labels run from 1 to 10, not from 0 to 9"),
     ("y_test", lambda y: y.astype(object), "Object arrays cannot be loaded")])
@@ -365,8 +359,6 @@ def test_a_validation_share_of_nothing(benchmark, tmp_path):
     write_prepared(tmp_path, benchmark, n_train=100, n_test=100)
     with pytest.raises(DataError, match="a validation share of 0.001 is less than one of a task's .* training images"):
         load(benchmark, tmp_path, pc_valid=0.001)
-    t = load(benchmark, tmp_path, pc_valid=0.0)[0]
-    assert t.n_valid == len(t.valid[0]) == len(t.valid[1]) == 0 and len(t.train[0]) == t.n_train > 0
 
 
 @pytest.mark.parametrize("split, kind", [("train", "training"), ("test", "test")])
@@ -393,7 +385,6 @@ def test_tasks_share_the_images(tmp_path):
     write_npz(tmp_path, "mnist", small_arrays("mnist", 20_000, 1000))
     tracemalloc.start()  # sees numpy's memory, not torch's
     tasks = load(pmnist, tmp_path)
-    assert tracemalloc.get_traced_memory()[0] < 1.2 * 21_000 * 784
     tracemalloc.reset_peak()
     assert sum(len(t.train[0]) for t in tasks) == 180_000
     assert tracemalloc.get_traced_memory()[1] < 1.2 * 21_000 * 784

@@ -2,6 +2,7 @@
 
 Every operation must find its tensors on one device, and a training epoch must not wait for the GPU. Kernels are not run.
 """
+import importlib
 from unittest import mock
 
 import pytest
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import benchmark
 from test_scripts import Bench, bench  # noqa: F401
 
 GPU = torch.device("meta")  # fake tensors on "cuda" cannot run a backward pass in a torch without CUDA
@@ -34,13 +36,13 @@ def real(function):
 
 
 def pretend(patch, waits):
-    """Give fake tensors what they lack, where a value is asked for, which a program waits for; each such time is noted in waits."""
+    """Give fake tensors a value where one is asked for, which a program would wait for; each such time is noted in waits."""
     for name, value in (("item", 0.5), ("__bool__", True), ("__index__", 3)):
         patch.setattr(torch.Tensor, name, lambda self, *_, value=value: waits.append(self.device) or value)
 
 
 def run_on_gpu(bench, monkeypatch, *more):
-    """Run main on the pretended GPU. Returns what it would have saved, and how often each epoch of training waited for the GPU."""
+    """Run main on the pretended GPU. Returns what it would have saved, and how often each training epoch waited for the GPU."""
     script, saved, waits, epochs = bench.script, [], [], []
 
     def train_epoch(*args, train_epoch=script.train_epoch):
@@ -67,33 +69,33 @@ def run_on_gpu(bench, monkeypatch, *more):
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 def test_all_tensors_are_on_the_gpu(bench, monkeypatch):
     """From the start, and going on within task 2 from a checkpoint, which is read on the CPU."""
-    n_epochs, saves, save_run = 2 * bench.script.parse_args(bench.flags()).n_tasks, [], bench.script.save_run
-
-    def killed(*args, **_):
-        saves.append(save_run(*args))
-        if len(saves) == 4:  # two epochs and the end of task 1, an epoch of task 2
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(bench.script, "save_run", killed)
-        bench.run("--momentum", "0.9", models="resumed")
+    n_epochs = 2 * bench.script.parse_args(bench.flags()).n_tasks
+    bench.stopped(monkeypatch, "--momentum", "0.9", models="resumed")
     for models, done in ("new", 0), ("resumed", 3):
         saved, epochs = run_on_gpu(bench, monkeypatch, "--models_dir", str(bench.folder / models))
         assert epochs == [1] * (n_epochs - done)  # waits for the loss, however many batches
         momenta = [state["momentum_buffer"] for state in saved[0]["optimizer"]["state"].values()]
-        assert momenta and {tensor.device for tensor in (*saved[-1]["model"].values(), *saved[-1]["bases"].values(), *momenta)} == {GPU}
+        tensors = *saved[-1]["model"].values(), *saved[-1]["bases"].values(), *momenta
+        assert momenta and {tensor.device for tensor in tensors} == {GPU}
         assert saved[-1]["results"]["finished"] and all(M.shape[1] > 0 for M in saved[-1]["bases"].values())
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_tensor_on_the_cpu_is_found(tmp_path, monkeypatch):
     bench = Bench("main_cifar100_superclass", tmp_path)
-    project_gradients = bench.script.project_gradients
-
-    def misplaced(model):
-        model.lrn1.one = torch.ones(20)
-        return project_gradients(model)
-
-    monkeypatch.setattr(bench.script, "project_gradients", misplaced)
+    monkeypatch.setattr(bench.script, "freeze_batchnorm", lambda model: setattr(model.lrn1, "one", torch.ones(20)))
     with pytest.raises(AssertionError, match="convolution.* of tensors on"):
         run_on_gpu(bench, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["pmnist", "cifar100"])
+def test_the_benchmark_on_the_gpu(name, monkeypatch):
+    """Each thing that it times is done once, on two images."""
+    script = importlib.import_module(f"main_{name}")
+    monkeypatch.setattr(script, "build_model", real(script.build_model))
+    monkeypatch.setitem(benchmark.BENCHMARKS, name, (benchmark.BENCHMARKS[name][0], 2, 1))
+    monkeypatch.setattr(benchmark, "race", lambda work, forms, device: [(work(form), 1.0)[1] for form in forms])
+    pretend(monkeypatch, [])
+    with FakeTensorMode(allow_non_fake_inputs=True), OneDevice():
+        cells, _ = benchmark.measure(name, GPU)
+    assert len(cells) == 4 and cells["update of the bases"] == "1 / 1 s = 1.0"

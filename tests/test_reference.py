@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from data_files import small_arrays, write_npz
 
 RUNS = {
-    "main_pmnist": (["mnist"], (300, 60), "--n_tasks 3 --n_epochs 2 --n_samples 40 --threshold 0.9 0.8 0.8 --lr 0.05"),
+    "main_pmnist": (["mnist"], (300, 60), "--n_tasks 3 --n_epochs 2 --n_samples 40 --threshold 0.9 0.8 0.8 --lr 0.05 --seed 7"),
     "main_cifar100": (["cifar100"], (1000, 300), "--n_tasks 2 --n_epochs 2 --n_samples 1 3 4 5 5 --batch_size_train 50 --batch_size_test 28 "
                                                  "--threshold 0.8 --threshold_increment 0.05 --pc_valid 0.4 --lr 0.005"),
     "main_cifar100_superclass": (["cifar100"], (1000, 300), "--n_tasks 2 --n_epochs 2 --n_samples 4 --batch_size_train 20 --threshold 0.8 --t_order 2"),

@@ -1,7 +1,6 @@
 """The scripts end to end: their real main on small files, killed, resumed, refused, given wrong input."""
 import fcntl
 import importlib
-import itertools
 import json
 import os
 import re
@@ -25,7 +24,8 @@ SHORT = {
     "main_pmnist": (["mnist"], (300, 60), "--n_tasks 2 --n_epochs 2 --n_samples 30"),
     "main_cifar100": (["cifar100"], (2000, 400), "--n_tasks 2 --n_epochs 2 --n_samples 6"),
     "main_cifar100_superclass": (["cifar100"], (2000, 400), "--n_tasks 3 --n_epochs 2 --n_samples 6"),
-    "main_five_datasets": (["cifar10", "mnist", "svhn", "fashion_mnist", "notmnist"], (80, 30), "--n_tasks 2 --n_epochs 2 --n_samples 6"),
+    "main_five_datasets": (["cifar10", "mnist", "svhn", "fashion_mnist", "notmnist"], (80, 30),
+                           "--n_tasks 2 --n_epochs 2 --n_samples 6"),
 }
 
 
@@ -63,6 +63,15 @@ class Bench:
         monkeypatch.setattr(sys, "argv", [str(ROOT / f"{self.script.__name__}.py"), *self.flags(*more)])
         runpy.run_path(sys.argv[0], run_name="__main__")
 
+    def stopped(self, monkeypatch, *more, models="models"):
+        """Run main, with a checkpoint after each epoch, to the first of the two epochs of task 2. Returns the run's folder."""
+        train_epoch, left = self.script.train_epoch, iter([True] * 3)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(self.script, "SAVE_SECONDS", 0)
+            patch.setattr(self.script, "train_epoch", lambda *args: train_epoch(*args) if next(left, False) else sys.exit())
+            self.run(*more, models=models)
+        return self.run_folder(models=models)
+
 
 @pytest.fixture(params=SHORT)
 def bench(request, tmp_path):
@@ -72,11 +81,6 @@ def bench(request, tmp_path):
 @pytest.fixture
 def pmnist(tmp_path):
     return Bench("main_pmnist", tmp_path)
-
-
-@pytest.fixture
-def cifar100(tmp_path):
-    return Bench("main_cifar100", tmp_path)
 
 
 def results_of(folder):
@@ -132,7 +136,7 @@ def test_a_run_on_the_sets_own_files(bench, tmp_path, monkeypatch, capsys):
     assert re.fullmatch("([0-9a-f]{40})?", origin["commit"]) and origin["versions"]["torch"] == torch.__version__
 
     assert len(re.findall(r"^task .* epoch .* train loss .* valid loss .* lr .* s$", printed, re.MULTILINE)) == 2 * n_tasks
-    assert re.fullmatch(rf"not comparable with the paper: .*--n_samples.*, {min(bench.arrays)} in part.*", printed.splitlines()[-3])
+    assert re.match(rf"not comparable with the paper: .*--n_samples.*, {min(bench.arrays)} in part", printed.splitlines()[-3])
     for metric, line in zip(("ACC", "BWT"), printed.splitlines()[-2:]):
         assert line == f"{metric} {results[metric]:.2f}   (paper: {bench.script.PAPER[metric]})"
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "lock", "results.json"]
@@ -142,48 +146,29 @@ def test_a_run_on_the_sets_own_files(bench, tmp_path, monkeypatch, capsys):
     assert json.loads((folder / "results.json").read_text()) == results
 
 
-def test_the_network_learns_and_seeds_differ(pmnist):
-    first, second = (results_of(pmnist.run("--n_epochs", "8", "--seed", seed, "--run_name", seed)) for seed in "12")
-    assert first["ACC"] > 60 and second["ACC"] > 60  # chance: 10
-    assert first["ranks"] != second["ranks"]
-
-
 @pytest.mark.parametrize("script, flags, name", [
-    ("main_pmnist", "", "seed_2"), ("main_pmnist", "--seed 3 --n_tasks 4", "seed_3_n_tasks_4"),
-    ("main_pmnist", "--n_tasks 10 --device cpu", "seed_2"),
-    ("main_pmnist", "--threshold 0.9 0.8 0.8 --lr 0.02", "seed_2_lr_0.02_threshold_0.9_0.8_0.8"), ("main_cifar100", "", "seed_1"),
-    ("main_cifar100_superclass", "", "seed_1_order_0"), ("main_cifar100_superclass", "--run_name mine --lr 1", "mine"),
+    ("main_pmnist", "--n_tasks 10 --device cpu", "seed_2"), ("main_cifar100", "--run_name mine --lr 1", "mine"),
+    ("main_pmnist", "--seed 3 --threshold 0.9 0.8 0.8 --lr 0.02", "seed_3_lr_0.02_threshold_0.9_0.8_0.8"),
     ("main_cifar100_superclass", "--t_order 3 --official_data --lr 0.1", "seed_1_order_3_official_data_lr_0.1"),
-    ("main_five_datasets", "", "seed_37"), ("main_five_datasets", "--official_data --n_samples 7", "seed_37_official_data_n_samples_7")])
+    ("main_cifar100_superclass", "", "seed_1_order_0"), ("main_five_datasets", "--official_data", "seed_37_official_data")])
 def test_default_run_names(script, flags, name):
     assert importlib.import_module(script).parse_args(flags.split()).run_name == name
 
 
-def test_the_order_of_test_images_in_a_file_does_not_matter(cifar100):
-    folder, arrays = cifar100.run(), cifar100.arrays["cifar100"]
-    by_class = np.argsort(arrays["y_test"], kind="stable")
-    write_npz(cifar100.folder / "data", "cifar100", {**arrays, **{key: arrays[key][by_class] for key in ("x_test", "y_test")}})
-    assert_equal_runs(folder, cifar100.run(models="sorted"))
-
-
 def test_flags_reach_the_training(pmnist):
+    """Those that no run of test_reference.py changes."""
     base = results_of(pmnist.run())
-    for flag, value in {"lr": "0.02", "momentum": "0.5", "batch_size_train": "20", "pc_valid": "0.2", "n_hidden": "50", "threshold": "0.9"}.items():
+    for flag, value in {"seed": "5", "momentum": "0.5", "n_hidden": "50", "pc_valid": "0.2"}.items():
         other = results_of(pmnist.run(f"--{flag}", value, "--run_name", flag))
         assert (base["accuracy_matrix"], base["ranks"]) != (other["accuracy_matrix"], other["ranks"]), flag
-    per_layer = results_of(pmnist.run("--threshold", "0.5", "0.99", "0.99", "--run_name", "per_layer"))
-    assert per_layer["ranks"][0]["fc1"] < base["ranks"][0]["fc1"]
-    grows = results_of(pmnist.run("--threshold", "0.5", "--threshold_increment", "0.4", "--run_name", "grows"))
-    stays = results_of(pmnist.run("--threshold", "0.5", "--run_name", "stays"))
-    assert grows["ranks"][0] == stays["ranks"][0] and grows["ranks"][1]["fc1"] > stays["ranks"][1]["fc1"]
-    plain = results_of(pmnist.run("--threshold", "0", "--threshold_increment", "0.4", "--run_name", "plain"))  # plain SGD, whatever the increment
+    plain = results_of(pmnist.run("--threshold", "0", "--threshold_increment", "0.4", "--run_name", "plain"))
     assert plain["ranks"] == [{"fc1": 0, "fc2": 0, "fc3": 0}] * 2
 
 
 # Killed and resumed ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, flags, save_seconds", [
-    ("main_pmnist", "", 30), ("main_pmnist", "--momentum 0.9", 0), ("main_cifar100", "--lr_patience 1", 0), ("main_cifar100_superclass", "", 0),
-    ("main_five_datasets", "", 0)])
+    ("main_pmnist", "", 30), ("main_pmnist", "--momentum 0.9", 0), ("main_cifar100", "--lr_patience 1", 0),
+    ("main_cifar100_superclass", "", 0), ("main_five_datasets", "", 0)])
 def test_a_run_killed_at_any_file_it_writes_ends_like_an_uninterrupted_one(name, flags, save_seconds, tmp_path, monkeypatch):
     bench, replace, written = Bench(name, tmp_path), Path.replace, []
     monkeypatch.setattr(bench.script, "SAVE_SECONDS", save_seconds)
@@ -193,23 +178,11 @@ def test_a_run_killed_at_any_file_it_writes_ends_like_an_uninterrupted_one(name,
     n_tasks = bench.script.parse_args(bench.flags()).n_tasks
     assert len(written) == n_tasks * (2 if save_seconds else 6)  # both files: after each task, or two epochs of each as well
 
-    class Killed(BaseException):
-        pass
-
-    def killed_at(k):
-        calls = itertools.count()
-
-        def killed(*paths):
-            if next(calls) == k:
-                raise Killed
-            replace(*paths)
-        return killed
-
     for k in range(len(written)) if name == "main_pmnist" else [8]:  # 8: within task 2, when the checkpoint is one of task 1
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "replace", killed_at(k))
-            with pytest.raises(Killed):
-                bench.run(*flags.split(), models=f"killed_{k}")
+        left = iter([True] * k)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(Path, "replace", lambda *paths: replace(*paths) if next(left, False) else sys.exit())
+            bench.run(*flags.split(), models=f"killed_{k}")
         assert_equal_runs(whole, bench.run(*flags.split(), models=f"killed_{k}"))
 
 
@@ -239,23 +212,17 @@ def test_ctrl_c_ends_with_a_line(pmnist):
 
 
 def test_each_commit_that_worked_on_a_run_is_in_the_result(pmnist, monkeypatch):
-    for commit in "a", "b", "b":
-        with monkeypatch.context() as patch:
-            patch.setattr(pmnist.script, "provenance", lambda device: {"commit": commit})
-            if commit == "a":  # ended at the start of task 2
-                patch.setattr(pmnist.script, "freeze_batchnorm", Mock(side_effect=KeyboardInterrupt))
-                with pytest.raises(KeyboardInterrupt):
-                    pmnist.run()
-            else:
-                pmnist.run()
-    assert results_of(pmnist.run_folder())["origins"] == [{"commit": "a"}, {"commit": "b"}]
+    for commit in "abb":
+        monkeypatch.setattr(pmnist.script, "provenance", lambda device: {"commit": commit})
+        folder = pmnist.stopped(monkeypatch) if commit == "a" else pmnist.run()
+    assert results_of(folder)["origins"] == [{"commit": "a"}, {"commit": "b"}]
 
 
 # Refused --------------------------------------------------------------------------------------------------------------
 def test_other_arguments_and_data_are_refused_and_named(pmnist, capsys):
     folder = pmnist.run()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert_refused(capsys, 2, r"other args \(lr 0\.01 there, 0\.005 here; n_hidden 100 there, 7 here\): choose another --run_name",
+    assert_refused(capsys, 2, r"other args \(lr 0\.01 there, 0\.005 here; n_hidden 100 there, 7 here\): choose another",
                    pmnist.run, "--lr", "0.005", "--n_hidden", "7")
     write_npz(pmnist.folder / "data", "mnist", small_arrays("mnist", 310, 60))
     assert_refused(capsys, 2, r"other data \(permutation 1 .*'train': 270.* there, .*'train': 279", pmnist.run)
@@ -269,80 +236,49 @@ def test_a_damaged_checkpoint_is_named(pmnist, content, capsys):
     assert_refused(capsys, 2, "checkpoint.pt cannot be read .*: remove the folder to start anew", pmnist.run)
 
 
-def test_a_result_without_its_checkpoint_is_trained_anew(pmnist):
-    folder = pmnist.run()
-    before = results_of(folder)
-    (folder / "checkpoint.pt").unlink()
-    (folder / "results.json").write_text("cut off")
-    assert results_of(pmnist.run()) == before
-
-
 def test_two_processes_on_one_run(pmnist, monkeypatch, capsys):
     folder = pmnist.run()
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert_refused(capsys, 2, "another process is at work in .*short", pmnist.run)
-
-    def flock(*_):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", flock)  # a file system without locks
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(38, "a file system without locks")))
     assert results_of(pmnist.run())["finished"]
 
 
+OUT_OF_RANGE = """threshold 1.01, threshold nan, threshold_increment -0.1, n_samples 0, n_epochs 0, batch_size_train -3,
+    batch_size_test 0, pc_valid 0, pc_valid 1, lr 0, lr nan, lr inf, lr_factor 0.5, lr_patience -1, momentum 1, seed -1,
+    n_tasks 0, n_tasks 11, n_hidden 0"""
+
+
 @pytest.mark.parametrize("flags, pattern", [
-    ("--threshold 1.01", r"--threshold: 1.01 is not in \[0, 1\)"),
-    ("--threshold nan", r"--threshold: nan is not in \[0, 1\)"),
+    *((f"--{flag}", f"argument --{flag.replace(' ', ': ')} is not in") for flag in re.split(r",\s+", OUT_OF_RANGE)),
     ("--threshold 0.9 0.9", "--threshold takes one value, or one for each of the [0-9]+ layers fc1 fc2 fc3"),
     ("--threshold 0.9 --threshold_increment 0.2", "--threshold and --threshold_increment reach 1 within 2 tasks"),
-    ("--threshold_increment -0.1", "--threshold_increment: -0.1 is not in"),
-    ("--n_samples 0", "--n_samples: 0 is not in"), ("--n_samples 5 5", "--n_samples takes one value, or one for each"),
-    ("--n_samples 100000", "--n_samples: the largest must lie between 2 and 270"), ("--n_samples 1", "--n_samples: the largest must lie"),
-    ("--n_epochs 0", "--n_epochs: 0 is not in"), ("--batch_size_train -3", "--batch_size_train: -3 is not in"),
-    ("--batch_size_test 0", "--batch_size_test: 0 is not in"), ("--pc_valid 0", "--pc_valid: 0 is not in"),
-    ("--pc_valid 1", "--pc_valid: 1 is not in"), ("--pc_valid 0.001", "validation share of 0.001 is less than one of"),
-    ("--lr 0", "--lr: 0 is not in"), ("--lr nan", "--lr: nan is not in"), ("--lr inf", "--lr: inf is not in"),
-    ("--lr 1e-7", "--lr_min 1e-05 is above --lr 1e-07"), ("--lr_factor 0.5", "--lr_factor: 0.5 is not in"),
-    ("--lr_patience -1", "--lr_patience: -1 is not in"), ("--momentum 1", "--momentum: 1 is not in"), ("--seed -1", "--seed: -1 is not in"),
-    ("--n_tasks 0", "--n_tasks: 0 is not in"), ("--n_tasks 11", "--n_tasks: 11 is not in"), ("--n_hidden 0", "--n_hidden: 0 is not in"),
-    ("--device cuda:77", "--device: cuda:77 cannot be used"), ("--device tpu", "--device: tpu cannot be used"),
-    ("--device meta", "--device: meta cannot be used"), ("--lr fast", "argument --lr: invalid float value: 'fast'"),
-    ("--epochs 3", "unrecognized arguments: --epochs 3"), ("--lr 1e30", "the loss became (nan|inf)"),
-    ("--models_dir file", "(File exists|Not a directory)")])
+    ("--n_samples 5 5", "--n_samples takes one value, or one for each"), ("--n_samples 1", "--n_samples: the largest must lie"),
+    ("--n_samples 100000", "--n_samples: the largest must lie between 2 and 270"),
+    ("--pc_valid 0.001", "validation share of 0.001 is less than one of"), ("--lr 1e-7", "--lr_min 1e-05 is above --lr 1e-07"),
+    ("--device cuda:77", "--device: cuda:77 cannot be used"), ("--device meta", "--device: meta cannot be used"),
+    ("--lr fast", "argument --lr: invalid float value: 'fast'"), ("--epochs 3", "unrecognized arguments: --epochs 3"),
+    ("--lr 1e30", "the loss became (nan|inf)"), ("--models_dir file", "(File exists|Not a directory)")])
 def test_wrong_input_ends_in_one_line(pmnist, flags, pattern, monkeypatch, capsys):
     (pmnist.folder / "file").touch()
     monkeypatch.chdir(pmnist.folder)
-    assert_refused(capsys, 1 if flags in ("--lr 1e30", "--models_dir file") else 2, pattern, pmnist.program, *flags.split(), monkeypatch=monkeypatch)
+    status = 1 if flags in ("--lr 1e30", "--models_dir file") else 2
+    assert_refused(capsys, status, pattern, pmnist.program, *flags.split(), monkeypatch=monkeypatch)
     assert not list(pmnist.folder.rglob("*.pt"))
 
 
-def test_missing_data(bench, tmp_path, monkeypatch, capsys):
-    """Several lines, as each source says why it has none; the first names the set, and the last what to do."""
-    monkeypatch.setattr(raw, "download", Mock(side_effect=OSError("no network")))
-    monkeypatch.setattr(raw, "read_package", Mock(side_effect=OSError("no network")))
-    with pytest.raises(SystemExit) as stop:
-        bench.program("--data_dir", str(tmp_path / "elsewhere"), "--n_tasks", "5", monkeypatch=monkeypatch)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and f"{bench.script.__name__}.py: error: no images of {list(bench.arrays)[0]} in the data folder" in message
-    assert all(f"no images of {name}" in message and f"{name}.npz" in message for name in bench.arrays)
-
-
-def test_wrong_input_of_one_script(cifar100, capsys):
+def test_wrong_input_of_one_script(tmp_path, capsys):
     superclass = importlib.import_module("main_cifar100_superclass")
     assert_refused(capsys, 2, "--t_order: invalid choice: '?5", superclass.parse_args, ["--t_order", "5"])
+    cifar100 = Bench("main_cifar100", tmp_path)
     # 200 images a task: 10 for validation, 190 for training, 40 for the test
-    assert_refused(capsys, 2, "--batch_size_train leaves a batch of one of 190 images", cifar100.run, "--batch_size_train", "63")
+    assert_refused(capsys, 2, "_train leaves a batch of one of 190 images", cifar100.run, "--batch_size_train", "63")
     assert_refused(capsys, 2, "--batch_size_test leaves a batch of one of 10 images", cifar100.run, "--batch_size_test", "9")
-    assert_refused(capsys, 2, "--batch_size_test leaves a batch of one", cifar100.run, "--batch_size_test", "1")
 
 
 def test_a_full_disk_or_gpu_ends_the_run_with_a_line_and_loses_nothing(pmnist, monkeypatch, capsys):
-    monkeypatch.setattr(pmnist.script, "SAVE_SECONDS", 0)
-    train_epoch, epochs = pmnist.script.train_epoch, itertools.count(1)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(pmnist.script, "train_epoch", lambda *args: sys.exit(9) if next(epochs) == 4 else train_epoch(*args))
-        pmnist.run()
-    folder = pmnist.run_folder()
+    folder = pmnist.stopped(monkeypatch)
     before = (folder / "checkpoint.pt").read_bytes()
     for name in "checkpoint.pt.part", "results.json.part":
         os.symlink("/dev/full", folder / name)
@@ -350,29 +286,24 @@ def test_a_full_disk_or_gpu_ends_the_run_with_a_line_and_loses_nothing(pmnist, m
         assert (folder / "checkpoint.pt").read_bytes() == before
         (folder / name).unlink()
 
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore lines")
-
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore lines")
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "manual_seed", full)
+        patch.setattr(torch, "manual_seed", Mock(side_effect=full))
         assert_refused(capsys, 1, "CUDA out of memory. Tried to allocate 20.00 MiB.", pmnist.program, monkeypatch=monkeypatch)
     assert results_of(pmnist.run())["finished"]
 
 
 def test_scripts_run_from_any_folder(bench, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / f"{bench.script.__name__}.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "--threshold_increment" in done.stdout
+    command = [sys.executable, ROOT / f"{bench.script.__name__}.py", "--help"]
+    assert "--threshold_increment" in subprocess.check_output(command, cwd=tmp_path, text=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_a_run_on_cuda_resumes(bench, monkeypatch):
     """Ended within task 2, where bases, momentum and the GPU's random numbers matter."""
     flags = ("--device", "cuda", "--momentum", "0.9")
-    whole, train_epoch, epochs = bench.run(*flags, models="whole"), bench.script.train_epoch, itertools.count(1)
-    monkeypatch.setattr(bench.script, "SAVE_SECONDS", 0)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # two epochs per task: the fourth does not take place
-        patch.setattr(bench.script, "train_epoch", lambda *args: sys.exit(9) if next(epochs) == 4 else train_epoch(*args))
-        bench.run(*flags)
+    whole = bench.run(*flags, models="whole")
+    bench.stopped(monkeypatch, *flags)
     resumed = bench.run(*flags)
     assert results_of(resumed)["origins"][0]["device"]["type"] == "cuda" and results_of(resumed)["finished"]
     a, b = (torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True) for folder in (whole, resumed))
