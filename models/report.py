@@ -111,13 +111,12 @@ def collect(models_dir):
             notes.append(f"- `{path.relative_to(models_dir)}`: no result ({type(error).__name__}: {error})")
             continue
         counted = settings.get(run.setting, [])
-        reason = ("a quick run" if "/quick" in f"/{run.place}"
-                  else "not one of the paper's benchmarks" if run.variant not in VARIANTS
-                  else "unfinished" if not run.finished
-                  else "a seed once more" if (run.seed, run.sample) in [(other.seed, other.sample) for other in counted]
-                  else None)
-        if reason:
-            notes.append(f"- `{run.place}`: {reason}, {run.result}")
+        reasons = {"a quick run": "/quick" in f"/{run.place}",
+                   "not one of the paper's benchmarks": run.variant not in VARIANTS,
+                   "unfinished": not run.finished,
+                   "a seed once more": (run.seed, run.sample) in [(other.seed, other.sample) for other in counted]}
+        if any(reasons.values()):
+            notes.append(f"- `{run.place}`: {next(filter(reasons.get, reasons))}, {run.result}")
         else:
             settings[run.setting] = [*counted, run]
     return runs, [settings[setting] for setting in sorted(settings)], notes
@@ -138,9 +137,11 @@ def describe(runs):
     spread = f" ± {ACCs.std(ddof=1):.2f}" if n > 1 else ""
     seconds = np.mean([run.seconds for run in runs])
     time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-    doubt = "partial data" if run.partial else "other data" if band is None else "modified code" if run.modified else None
-    if doubt or n < NEEDED[run.noun]:
-        verdict = f"n/a ({doubt})" if doubt else f"fewer than {NEEDED[run.noun]} {'runs' if run.noun == 'seed' else 'orders'}"
+    doubts = {"partial data": run.partial, "other data": band is None, "modified code": run.modified}
+    if any(doubts.values()):
+        verdict = f"n/a ({next(filter(doubts.get, doubts))})"
+    elif n < NEEDED[run.noun]:
+        verdict = f"fewer than {NEEDED[run.noun]} {'runs' if run.noun == 'seed' else 'orders'}"
     else:  # judged by the numbers as they are printed
         centre, width, lowest, highest = band
         verdict = "yes" if round(abs(round(ACC, 2) - centre), 2) <= width and lowest < round(BWT, 2) < highest else "no"
