@@ -12,7 +12,7 @@ A layer is y = W x, x of width d. Its gradient G = delta x^T (Eq. 1-2) moves W o
 orthogonal to the inputs of old tasks leaves their outputs alone. M (d, r), orthonormal columns, spans those inputs:
 
     after a task       R (d, n): inputs of the layer as columns; R_hat = R - M M^T R = U S V^T    (Eq. 8)
-                       M <- [M, U_1 .. U_k], k the smallest with ||M^T R||^2 >= eps ||R||^2       (Eq. 9; M empty: Eq. 5)
+                       M <- [M, U_1 .. U_k], the fewest with which ||M^T R||^2 >= eps ||R||^2     (Eq. 9; M empty: Eq. 5)
     on the next task   G <- G - G M M^T before each step of SGD                                   (Eq. 6-7)
 
 --official_data: the released code means to load Fashion-MNIST and loads MNIST a second time, which is the easier task. The
@@ -47,12 +47,12 @@ PAPER = {"ACC": "91.22 ± 0.20, probably on the data of --official_data", "BWT":
 N_TASKS = 5
 N_SAMPLES = {"conv1": 10, "stage1": 10, "stage2.0": 10, "stage2.1.conv1": 10, "stage2.1.conv2": 50, "stage3.0": 50,
              "stage3.1": 100, "stage4": 100}  # images that a layer's R is taken from, by how the layer's name starts
-PLACES = ("device", "data_dir", "models_dir", "run_name")  # flags that may differ when a run goes on
+PLACES = ("device", "data_dir", "models_dir", "run_name")  # flags that say where, not what
 SAVE_SECONDS = 30  # a killed run loses no more than this, or one epoch if that takes longer
 
 
 def parse_args(argv=None):
-    """Read the flags; every default is the published run. Wrong values end in one line and exit status 2."""
+    """Read the flags; every default is the paper's. Wrong values end in one line and exit status 2."""
     n_samples = [next(n for start, n in N_SAMPLES.items() if name.startswith(start))
                  for name in projected_layers(build_model(args=None))]
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=__doc__.split("\n")[0])
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     parser.add_argument("--lr_patience", type=number(int, 0), default=5, help="epochs without gain before lr falls; 0: never")
     parser.add_argument("--lr_factor", type=number(float, 1), default=3.0, help="what the learning rate is divided by")
     parser.add_argument("--threshold", type=number(float, 0, 1), nargs="+", default=[0.965],
-                        help="eps of the first task: one value, or one per layer; 0: no projection, plain SGD")
+                        help="eps of the first task: one value, or one per layer; 0: no projection")
     parser.add_argument("--threshold_increment", type=number(float, 0, 1), default=0.0, help="what eps grows by with a task")
     parser.add_argument("--n_samples", type=number(int, 1), nargs="+", default=n_samples,
                         help="training images that a layer's R is taken from: one value, or one per layer")
@@ -213,7 +213,7 @@ def update_basis(M, R, eps):
         U, S, _ = map(torch.from_numpy, svd(R_hat.numpy(), full_matrices=False, lapack_driver="gesvd"))
     energy, gained = R.square().sum(), S.square()
     held = (energy - gained.sum()).clamp(min=0) + gained.cumsum(0) - gained  # energy in [M, U_1 .. U_i]
-    k = ((held < eps * energy) & (gained > 1e-12 * energy)).sum()  # smaller ones are rounding noise, not directions
+    k = ((held < eps * energy) & (gained > 1e-12 * energy)).sum()  # the first ones; smaller gains are rounding noise
     return torch.cat([M, U[:, :k].to(M)], dim=1)
 
 
@@ -227,7 +227,7 @@ def update_bases(model, task, x, bases, eps, n_samples):
 class ProjectedLinear(torch.autograd.Function):
     """y = x W^T (B, out), whose W receives delta^T (x - x M M^T), delta being the gradient of y.
 
-    As G = delta^T x (Eq. 2), this is G - G M M^T (Eq. 6-7), but computed on the B rows of x instead of the out rows of G.
+    With samples as rows G = delta^T x (Eq. 2): this is G - G M M^T (Eq. 6-7), on the B rows of x instead of the out rows of G.
     """
 
     @staticmethod
@@ -315,7 +315,7 @@ def train_task(model, task, train, valid, args, run, folder):
         run["results"]["history"].append([task + 1, run["epoch"], lr, *np.round((loss, valid_loss, valid_acc), 4).tolist()])
         print(f"task {task + 1:2d} epoch {run['epoch']:3d} | train loss {loss:7.4f} | valid loss {valid_loss:7.4f} "
               f"acc {valid_acc:6.2f} | lr {lr:.2e} | {time.perf_counter() - start:6.2f} s")
-        save_run(folder, run, model, at_most_every=SAVE_SECONDS)
+        save_run(folder, run, model, at_most_every=SAVE_SECONDS - (time.perf_counter() - start))  # the next epoch counts
     model.load_state_dict(run["best"])
 
 
@@ -395,7 +395,7 @@ def load_tasks(args, model):
     for flag in "threshold", "n_samples":
         if len(getattr(args, flag)) not in (1, len(layers)):
             fail(f"--{flag} takes one value, or one for each of the {len(layers)} layers {' '.join(layers)}")
-    batchnorm = any(isinstance(module, nn.BatchNorm1d) for module in model.modules())
+    batchnorm = any(isinstance(module, nn.BatchNorm1d) for module in model.modules())  # 2d: an image has many positions
     tasks = benchmark.load(args.data_dir, args)
     for task in tasks:
         if not 1 < max(args.n_samples) <= task.n_train:
@@ -410,7 +410,7 @@ def main(args):
     """Train on the tasks one after another and report ACC and BWT."""
     folder = Path(args.models_dir) / Path(__file__).stem.removeprefix("main_") / args.run_name
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # its error of 1e-3 would move old outputs
-    torch.backends.cudnn.deterministic = True  # a resumed run repeats the stopped one on a GPU too
+    torch.backends.cudnn.deterministic = True  # so that a resumed run can repeat the stopped one on a GPU too
     torch.manual_seed(args.seed)
     layout = torch.channels_last if args.device.type == "cpu" else torch.preserve_format  # saves 20 % of a CPU's step
     model = build_model(args).to(args.device, memory_format=layout)
@@ -429,7 +429,7 @@ def main(args):
         run["saved"], results, origin = time.time(), run["results"], provenance(args.device)
         if origin not in results["origins"]:
             results["origins"].append(origin)
-        print(f"{folder}: {args.changed or 'published'}, {origin}, after task {len(results['ranks'])}, epoch {run['epoch']}")
+        print(f"{folder}: {args.changed or 'as published'}, {origin}, after task {len(results['ranks'])}, epoch {run['epoch']}")
         for t in range(len(results["ranks"]), args.n_tasks):
             train, valid = ([tensor.to(args.device) for tensor in part] for part in (tasks[t].train, tasks[t].valid))
             if t > 0:
@@ -439,7 +439,7 @@ def main(args):
             update_bases(model, t, train[0], bases, eps, n_samples)
             tests = ([tensor.to(args.device) for tensor in task.test] for task in tasks[: t + 1])
             row = [evaluate(model, u, *test, args.batch_size_test)[1] for u, test in enumerate(tests)]
-            acc = [[*old, 0.0] for old in results["accuracy_matrix"]] + [row]
+            acc = [[*old, 0.0] for old in results["accuracy_matrix"]] + [row]  # 0: not learned yet
             ranks = {name: M.shape[1] for name, M in bases.items()}
             used = 100 * sum(M.numel() for M in bases.values()) / sum(len(M) ** 2 for M in bases.values())
             results.update(accuracy_matrix=acc, ACC=average_accuracy(acc), BWT=backward_transfer(acc),

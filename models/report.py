@@ -82,7 +82,7 @@ def read_run(path, models_dir):
     run.place, run.trained_here = path.parent.relative_to(models_dir).as_posix(), path.with_name("checkpoint.pt").exists()
     run.figure = path.with_name("accuracy.png")
     run.drawn = run.figure.exists() and run.figure.stat().st_mtime >= path.stat().st_mtime  # else it shows an earlier run
-    run.variant = path.parts[-3], bool(run.args.get("official_data"))
+    run.variant = run.place.split("/")[0], bool(run.args.get("official_data"))
     run.noun = "order" if "t_order" in run.args else "seed"  # of what a run is a sample
     run.seed, run.sample = int(run.args["seed"]), int(run.args.get("t_order", run.args["seed"]))
     run.seconds, run.percent = float(run.seconds), float(sum(run.memory[-1:]))

@@ -282,7 +282,7 @@ def test_schedule_of_the_learning_rate_and_the_weights_that_are_kept(losses, fla
     """On a scripted sequence of validation losses."""
     args = SimpleNamespace(**{"n_epochs": 100, "lr": 0.8, "lr_min": 0.1, "lr_patience": 2, "lr_factor": 2.0, "momentum": 0.0,
                               "batch_size_train": 5, "batch_size_test": 5, **flags})
-    model, rates, coming = nn.Sequential(nn.Linear(2, 2, bias=False)), [], iter(losses)
+    model, rates, saves, coming = nn.Sequential(nn.Linear(2, 2, bias=False)), [], [], iter(losses)
 
     def train_epoch(model, task, x, y, optimizer, batch_size):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -291,10 +291,11 @@ def test_schedule_of_the_learning_rate_and_the_weights_that_are_kept(losses, fla
 
     monkeypatch.setattr(gpm, "train_epoch", train_epoch)
     monkeypatch.setattr(gpm, "evaluate", lambda *args: (next(coming), 50.0))
-    monkeypatch.setattr(gpm, "save_run", lambda *args, **more: None)
+    monkeypatch.setattr(gpm, "save_run", lambda *args, at_most_every: saves.append(at_most_every))
     run = {**gpm.START_OF_TASK, "lr": args.lr, "results": {"history": []}}
     gpm.train_task(model, 0, (None, None), (None, None), args, run, tmp_path)
     assert rates == expected and (model[0].weight == kept).all()
+    assert len(saves) == len(rates) and max(saves) < 30  # less what an epoch takes: the next one counts
     assert run["results"]["history"] == [[1, i + 1, lr, 1.0, loss, 50.0] for i, (lr, loss) in enumerate(zip(expected, losses))]
 
 
