@@ -174,7 +174,7 @@ def write_figure(path, settings):
     for part, runs in zip(figure.subfigures(len(settings), squeeze=False).flat, settings):
         row, T = describe(runs), len(runs[0].acc)
         tasks = np.arange(1, T + 1)
-        title = f"{row['Benchmark']}: ACC / BWT {row['Here: ACC / BWT']}, {row['Time per run']} {runs[0].flags}"
+        title = f"{row['Benchmark']}: ACC / BWT {row['Here: ACC / BWT']}, {row['Time per run'].split(' (')[0]} {runs[0].flags}"
         part.suptitle(title.replace("`", ""), fontweight="bold", parse_math=False)
         matrix, means, ranks = part.subplots(1, 3)
         acc = per_sample(runs, lambda run: run.acc).mean(axis=0)
