@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from data_files import small_arrays, write_npz, write_own_files
-from dataloader import raw
 
 ROOT = Path(__file__).parents[1]
 # name of the script: (data sets, images in the small files of each, flags that make a run short)
