@@ -28,8 +28,7 @@ VARIANTS = {
 NEEDED = {"seed": 3, "order": 5}  # fewer seeds say too little to be judged; the paper's Superclass is the mean over five orders
 COLUMNS = ("Benchmark", "Paper: ACC / BWT", "Here: ACC / BWT", "Difference", "In the band", "Data", "Time per run", "Memory")
 OTHER_COLUMNS = ("Benchmark", "Flags that differ", "Here: ACC / BWT", "Data", "Time per run", "Memory")
-BANDS = "; ".join("{} {:g} ± {:g}, {:g} < BWT < {:g}".format(label, *band).removesuffix(", -100 < BWT < 100").removesuffix(" < 100")
-                  for label, _, band in VARIANTS.values() if band)
+BANDS = "; ".join("{} {:g} ± {:g} with BWT in ({:g}, {:g})".format(label, *band) for label, _, band in VARIANTS.values() if band)
 LEGEND = f"""
 ACC and BWT in percent; mean ± sample standard deviation over seeds, for Superclass over the task orders.
 The band, for the mean of at least {NEEDED["seed"]} seeds, or of all {NEEDED["order"]} orders: {BANDS}.

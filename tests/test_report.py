@@ -45,7 +45,7 @@ def rows(text, label=""):
 def test_every_row_is_there_without_any_result(tmp_path, capsys):
     text = run_report(capsys, tmp_path, "--all", "--figure", tmp_path / "figure.png")
     assert [row[1:3] for row in rows(text.split("\n\n")[0])[1:]] == [[paper, "not measured yet"] for paper in GPM]
-    assert "93.9 ± 0.6, -4.5 < BWT < -2; " in text and "57.7 ± 1.2; " in text and "| EWC " in text and "Not " not in text
+    assert "93.9 ± 0.6 with BWT in (-4.5, -2); " in text and "57.7 ± 1.2 with BWT in (-100, 100); " in text and "| EWC " in text and "Not " not in text
     assert "figure.png is not written" in text and not (tmp_path / "figure.png").exists()
 
 
