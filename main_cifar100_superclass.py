@@ -79,7 +79,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.lr_min > args.lr:
         fail(f"--lr_min {args.lr_min} is above --lr {args.lr}: no epoch would be trained")
-    if max(args.threshold) + (args.n_tasks - 1) * args.threshold_increment >= 1:
+    if max(eps and eps + (args.n_tasks - 1) * args.threshold_increment for eps in args.threshold) >= 1:
         fail(f"--threshold and --threshold_increment reach 1 within {args.n_tasks} tasks")
     args.changed = {flag: value for flag, value in vars(args).items()
                     if flag not in ("seed", "t_order", "official_data", *PLACES) and value != parser.get_default(flag)}
@@ -106,7 +106,7 @@ def usable_device(name):
         torch.ones(1, device=name).sum().item()  # a GPU that this torch was not built for fails here, at its first kernel
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise argparse.ArgumentTypeError(f"{name} cannot be used: {str(error).splitlines()[0].split('. ')[0]}") from None
 
 
 def fail(message, status=2):
@@ -199,7 +199,7 @@ def layer_inputs(model, x, task):
 def representation_matrix(layer, x):
     """R (d, n): the layer's inputs x as columns; for a convolution its patches, n = samples * output positions."""
     if isinstance(layer, nn.Conv2d):
-        patches = F.unfold(x, layer.kernel_size, stride=layer.stride, padding=layer.padding)  # (samples, d, positions)
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (samples, d, positions)
         return patches.transpose(0, 1).flatten(1)
     return x.flatten(1).T
 
@@ -325,8 +325,8 @@ def train_task(model, task, train, valid, args, run, folder):
         run["optimizer"] = optimizer.state_dict()
         run["results"]["history"].append([task + 1, run["epoch"], lr, *np.round((loss, valid_loss, valid_acc), 4).tolist()])
         print(f"task {task + 1:2d} epoch {run['epoch']:3d} | train loss {loss:7.4f} | valid loss {valid_loss:7.4f} "
-              f"acc {valid_acc:6.2f} | lr {lr:.2e} | {time.perf_counter() - start:6.2f} s")
-        save_run(folder, run, model, at_most_every=SAVE_SECONDS - (time.perf_counter() - start))  # the next epoch counts
+              f"acc {valid_acc:6.2f} | lr {lr:.2e} | {time.perf_counter() - start:6.2f} s", flush=True)
+        save_run(folder, run, model, if_older_than=SAVE_SECONDS - (time.perf_counter() - start))  # the next epoch counts
     model.load_state_dict(run["best"])
 
 
@@ -359,16 +359,17 @@ def claim(folder):
     lock = open(folder / "lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # any other: a file system without locks, where a run is possible too
-        if isinstance(error, BlockingIOError):
-            fail(f"another process is at work in {folder}: wait for it, or choose another --run_name")
+    except BlockingIOError:
+        fail(f"another process is at work in {folder}: wait for it, or choose another --run_name")
+    except OSError:
+        pass  # a file system without locks, where a run is possible too
     return lock
 
 
-def save_run(folder, run, model, at_most_every=0):
+def save_run(folder, run, model, if_older_than=0):
     """Write results.json and checkpoint.pt, under another name first: a kill leaves the old file or the new one, whole."""
-    passed = time.time() - run["saved"]
-    if passed < at_most_every:
+    passed = time.perf_counter() - run["saved"]
+    if passed < if_older_than:
         return
     run["saved"] += passed
     run["results"]["seconds"] += passed
@@ -437,7 +438,7 @@ def main(args):
     with claim(folder):
         if (folder / "checkpoint.pt").exists():
             load_run(folder, run, model)
-        run["saved"], results, origin = time.time(), run["results"], provenance(args.device)
+        run["saved"], results, origin = time.perf_counter(), run["results"], provenance(args.device)
         if origin not in results["origins"]:
             results["origins"].append(origin)
         print(f"{folder}: {args.changed or 'as published'}, {origin}, after task {len(results['ranks'])}, epoch {run['epoch']}")
@@ -457,7 +458,7 @@ def main(args):
                            ranks=[*results["ranks"], ranks], memory=[*results["memory"], used], finished=t + 1 == args.n_tasks)
             print(f"task {t + 1:2d} ({tasks[t].name}) learned in {run['epoch']} epochs, bases {used:.1f} % of GPM_Max\n"
                   f"  accuracy {' '.join(f'{a:6.2f}' for a in row)} | ACC so far {results['ACC']:.2f}\n"
-                  f"  rank     {'  '.join(f'{name} {r}/{len(bases[name])}' for name, r in ranks.items())}")
+                  f"  rank     {'  '.join(f'{name} {r}/{len(bases[name])}' for name, r in ranks.items())}", flush=True)
             run.update(START_OF_TASK, lr=args.lr)
             save_run(folder, run, model)  # from here on the task counts as done
     partial = sorted({f"{data['set']} in part" for data in results["data"].values() if not data["complete"]})

@@ -18,7 +18,8 @@ orthogonal to the inputs of old tasks leaves their outputs alone. M (d, r), orth
 --official_data: the released code means to load Fashion-MNIST and loads MNIST a second time, which is the easier task. The
 paper's numbers probably rest on that. The flag does the same; the default loads Fashion-MNIST.
 
-Changes relative to main_cifar100.py: ResNet18 in place of AlexNet; --official_data; defaults, of --n_samples by layers' names.
+Changes relative to main_cifar100.py: ResNet18 in place of AlexNet; --official_data; defaults of the flags (--n_samples: 10 to
+stage2.1.conv1, 50 to stage3.0, 100 from there on).
 """
 # 1. Imports -----------------------------------------------------------------------------------------------------------
 import argparse
@@ -45,16 +46,12 @@ from dataloader.raw import DataError
 # 2. Configuration -----------------------------------------------------------------------------------------------------
 PAPER = {"ACC": "91.22 ± 0.20, probably on the data of --official_data", "BWT": "-1 ± 0"}
 N_TASKS = 5
-N_SAMPLES = {"conv1": 10, "stage1": 10, "stage2.0": 10, "stage2.1.conv1": 10, "stage2.1.conv2": 50, "stage3.0": 50,
-             "stage3.1": 100, "stage4": 100}  # images that a layer's R is taken from, by how the layer's name starts
 PLACES = ("device", "data_dir", "models_dir", "run_name")  # flags that say where, not what
 SAVE_SECONDS = 30  # a killed run loses no more than this, or one epoch if that takes longer
 
 
 def parse_args(argv=None):
     """Read the flags; every default is the paper's. Wrong values end in one line and exit status 2."""
-    n_samples = [next(n for start, n in N_SAMPLES.items() if name.startswith(start))
-                 for name in projected_layers(build_model(args=None))]
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=__doc__.split("\n")[0])
     parser.error = fail
     parser.add_argument("--seed", type=number(int, 0, 2**32), default=37, help="of weights, data split and batches")
@@ -70,7 +67,7 @@ def parse_args(argv=None):
     parser.add_argument("--threshold", type=number(float, 0, 1), nargs="+", default=[0.965],
                         help="eps of the first task: one value, or one per layer; 0: no projection")
     parser.add_argument("--threshold_increment", type=number(float, 0, 1), default=0.0, help="what eps grows by with a task")
-    parser.add_argument("--n_samples", type=number(int, 1), nargs="+", default=n_samples,
+    parser.add_argument("--n_samples", type=number(int, 1), nargs="+", default=[10] * 9 + [50] * 4 + [100] * 7,
                         help="training images that a layer's R is taken from: one value, or one per layer")
     parser.add_argument("--n_tasks", type=number(int, 1, N_TASKS + 1), default=N_TASKS, help="train on the first tasks only")
     parser.add_argument("--official_data", action="store_true", help="MNIST again in place of Fashion-MNIST, as released")
@@ -81,7 +78,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.lr_min > args.lr:
         fail(f"--lr_min {args.lr_min} is above --lr {args.lr}: no epoch would be trained")
-    if max(args.threshold) + (args.n_tasks - 1) * args.threshold_increment >= 1:
+    if max(eps and eps + (args.n_tasks - 1) * args.threshold_increment for eps in args.threshold) >= 1:
         fail(f"--threshold and --threshold_increment reach 1 within {args.n_tasks} tasks")
     args.changed = {flag: value for flag, value in vars(args).items()
                     if flag not in ("seed", "official_data", *PLACES) and value != parser.get_default(flag)}
@@ -108,7 +105,7 @@ def usable_device(name):
         torch.ones(1, device=name).sum().item()  # a GPU that this torch was not built for fails here, at its first kernel
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise argparse.ArgumentTypeError(f"{name} cannot be used: {str(error).splitlines()[0].split('. ')[0]}") from None
 
 
 def fail(message, status=2):
@@ -188,7 +185,7 @@ def layer_inputs(model, x, task):
 def representation_matrix(layer, x):
     """R (d, n): the layer's inputs x as columns; for a convolution its patches, n = samples * output positions."""
     if isinstance(layer, nn.Conv2d):
-        patches = F.unfold(x, layer.kernel_size, stride=layer.stride, padding=layer.padding)  # (samples, d, positions)
+        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (samples, d, positions)
         return patches.transpose(0, 1).flatten(1)
     return x.flatten(1).T
 
@@ -314,8 +311,8 @@ def train_task(model, task, train, valid, args, run, folder):
         run["optimizer"] = optimizer.state_dict()
         run["results"]["history"].append([task + 1, run["epoch"], lr, *np.round((loss, valid_loss, valid_acc), 4).tolist()])
         print(f"task {task + 1:2d} epoch {run['epoch']:3d} | train loss {loss:7.4f} | valid loss {valid_loss:7.4f} "
-              f"acc {valid_acc:6.2f} | lr {lr:.2e} | {time.perf_counter() - start:6.2f} s")
-        save_run(folder, run, model, at_most_every=SAVE_SECONDS - (time.perf_counter() - start))  # the next epoch counts
+              f"acc {valid_acc:6.2f} | lr {lr:.2e} | {time.perf_counter() - start:6.2f} s", flush=True)
+        save_run(folder, run, model, if_older_than=SAVE_SECONDS - (time.perf_counter() - start))  # the next epoch counts
     model.load_state_dict(run["best"])
 
 
@@ -348,16 +345,17 @@ def claim(folder):
     lock = open(folder / "lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # any other: a file system without locks, where a run is possible too
-        if isinstance(error, BlockingIOError):
-            fail(f"another process is at work in {folder}: wait for it, or choose another --run_name")
+    except BlockingIOError:
+        fail(f"another process is at work in {folder}: wait for it, or choose another --run_name")
+    except OSError:
+        pass  # a file system without locks, where a run is possible too
     return lock
 
 
-def save_run(folder, run, model, at_most_every=0):
+def save_run(folder, run, model, if_older_than=0):
     """Write results.json and checkpoint.pt, under another name first: a kill leaves the old file or the new one, whole."""
-    passed = time.time() - run["saved"]
-    if passed < at_most_every:
+    passed = time.perf_counter() - run["saved"]
+    if passed < if_older_than:
         return
     run["saved"] += passed
     run["results"]["seconds"] += passed
@@ -426,7 +424,7 @@ def main(args):
     with claim(folder):
         if (folder / "checkpoint.pt").exists():
             load_run(folder, run, model)
-        run["saved"], results, origin = time.time(), run["results"], provenance(args.device)
+        run["saved"], results, origin = time.perf_counter(), run["results"], provenance(args.device)
         if origin not in results["origins"]:
             results["origins"].append(origin)
         print(f"{folder}: {args.changed or 'as published'}, {origin}, after task {len(results['ranks'])}, epoch {run['epoch']}")
@@ -446,7 +444,7 @@ def main(args):
                            ranks=[*results["ranks"], ranks], memory=[*results["memory"], used], finished=t + 1 == args.n_tasks)
             print(f"task {t + 1:2d} ({tasks[t].name}) learned in {run['epoch']} epochs, bases {used:.1f} % of GPM_Max\n"
                   f"  accuracy {' '.join(f'{a:6.2f}' for a in row)} | ACC so far {results['ACC']:.2f}\n"
-                  f"  rank     {'  '.join(f'{name} {r}/{len(bases[name])}' for name, r in ranks.items())}")
+                  f"  rank     {'  '.join(f'{name} {r}/{len(bases[name])}' for name, r in ranks.items())}", flush=True)
             run.update(START_OF_TASK, lr=args.lr)
             save_run(folder, run, model)  # from here on the task counts as done
     partial = sorted({f"{data['set']} in part" for data in results["data"].values() if not data["complete"]})

@@ -45,7 +45,7 @@ SETS = {
     "fashion_mnist": Spec(60_000, 10_000, 10, ((28, 28),), "FashionMNIST", "FashionMNIST/raw/*-ubyte"),
     "cifar10": Spec(50_000, 10_000, 10, ((32, 32, 3),), "CIFAR10", "cifar-10-batches-py/*"),
     "cifar100": Spec(50_000, 10_000, 100, ((32, 32, 3),), "CIFAR100", "cifar-100-python/*"),
-    "svhn": Spec(73_257, 26_032, 10, ((32, 32, 3),), "SVHN", "*_32x32.mat"),
+    "svhn": Spec(73_257, 26_032, 10, ((32, 32, 3),), "SVHN", "t*_32x32.mat"),
     "notmnist": Spec(16_853, 1_873, 10, ((28, 28), (32, 32)), None, "notmnist.zip"),
 }
 

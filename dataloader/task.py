@@ -33,7 +33,7 @@ class Task:
     def _tensors(self, part):
         index, raw = self._index[part], self._raw
         images, labels = (raw.x_test, raw.y_test) if part == "test" else (raw.x_train, raw.y_train)
-        # Copies of the images, all of them: torch warns of arrays that are read-only, as a reader may leave them
+        # Indexing with a list copies the images: torch warns of arrays that are read-only, as a reader may leave them
         x = torch.empty(len(index), *self._to_input(images[[0]]).shape[1:])
         for start in range(0, len(x), CHUNK):
             x[start:start + CHUNK] = self._to_input(images[index[start:start + CHUNK]])

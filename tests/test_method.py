@@ -291,7 +291,7 @@ def test_schedule_of_the_learning_rate_and_the_weights_that_are_kept(losses, fla
 
     monkeypatch.setattr(gpm, "train_epoch", train_epoch)
     monkeypatch.setattr(gpm, "evaluate", lambda *args: (next(coming), 50.0))
-    monkeypatch.setattr(gpm, "save_run", lambda *args, at_most_every: saves.append(at_most_every))
+    monkeypatch.setattr(gpm, "save_run", lambda *args, if_older_than: saves.append(if_older_than))
     run = {**gpm.START_OF_TASK, "lr": args.lr, "results": {"history": []}}
     gpm.train_task(model, 0, (None, None), (None, None), args, run, tmp_path)
     assert rates == expected and (model[0].weight == kept).all()
