@@ -7,7 +7,7 @@ benchmark   20 tasks, the superclasses of CIFAR-100 with 5 classes each, one hea
 network     LeNet-like: 2 convolutions, 2 linear layers, 3.0 M parameters
 paper       ACC 57.72, mean over the 5 orders
 measured    --official_data: 57.49 ± 0.48 / -1.21 (5 orders), 66 min (CPU x86_64, 1 thread)
-            default: 60.77 ± 1.17 / -1.87 (5 orders), 76 min (CPU x86_64, 1 thread / CPU x86_64, 2 threads)
+            default: 60.77 ± 1.17 / -1.87 (5 orders), 76 min (CPU x86_64, 1 thread or 2 threads)
 
 A layer is y = W x, x of width d. Its gradient G = delta x^T (Eq. 1-2) moves W only within the span of its inputs: a step
 orthogonal to the inputs of old tasks leaves their outputs alone. M (d, r), orthonormal columns, spans those inputs:

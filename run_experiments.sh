@@ -92,7 +92,7 @@ esac
 activate=$(satisfied || environment) && eval "$activate" || exit
 
 [ -n "$QUICK" ] || python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    echo "warning: torch sees no GPU, so the runs go to the CPU and take hours to days; QUICK=1 takes minutes" >&2
+    echo "warning: torch sees no GPU, so the runs go to the CPU: PMNIST takes minutes, the others take hours" >&2
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) threads=$((cores > JOBS ? cores / JOBS : 1))
 [ "$JOBS" = 1 ] || export OMP_NUM_THREADS=$threads MKL_NUM_THREADS=$threads
 if [ -n "$QUICK" ]; then rm -rf models/quick; fi

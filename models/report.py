@@ -28,7 +28,8 @@ VARIANTS = {
 NEEDED = {"seed": 3, "order": 5}  # fewer seeds say too little to be judged; the paper's Superclass is the mean over five orders
 COLUMNS = ("Benchmark", "Paper: ACC / BWT", "Here: ACC / BWT", "Difference", "In the band", "Data", "Time per run", "Memory")
 OTHER_COLUMNS = ("Benchmark", "Flags that differ", "Here: ACC / BWT", "Data", "Time per run", "Memory")
-BANDS = "; ".join("{} {:g} ± {:g} with BWT in ({:g}, {:g})".format(label, *band) for label, _, band in VARIANTS.values() if band)
+BANDS = "; ".join("{}: {:g} ± {:g}, BWT {:g} to {:g}".format(label, *band).removesuffix(", BWT -100 to 100")
+                  for label, _, band in VARIANTS.values() if band)
 LEGEND = f"""
 ACC and BWT in percent; mean ± sample standard deviation over seeds, for Superclass over the task orders.
 The band, for the mean of at least {NEEDED["seed"]} seeds, or of all {NEEDED["order"]} orders: {BANDS}.
@@ -90,12 +91,9 @@ def read_run(path, models_dir):
                      for task in run.data.values() if not task["complete"])
     run.partial = ", ".join(dict.fromkeys(name for name, *_ in lacking))
     run.modified = any(origin["dirty"] for origin in run.origins)
-    devices = [[origin["device"][key] for key in ("type", "name", "threads")] for origin in run.origins]
-    run.devices = " then ".join(dict.fromkeys(
-        name if kind == "cuda" else f"{kind.upper()} {name}, {threads} thread{'s' * (threads != 1)}"
-        for kind, name, threads in devices))
+    run.devices = {tuple(origin["device"][key] for key in ("type", "name", "threads")) for origin in run.origins}
     # What runs that are averaged have in common; widths, because the network may change from commit to commit
-    common = [run.variant, run.changed, n_tasks, run.widths, lacking, sorted({kind for kind, *_ in devices})]
+    common = [run.variant, run.changed, n_tasks, run.widths, lacking, sorted({kind for kind, *_ in run.devices})]
     run.setting = run.partial, run.modified, json.dumps(common, sort_keys=True)
     return run
 
@@ -136,6 +134,9 @@ def describe(runs):
     spread = f" ± {ACCs.std(ddof=1):.2f}" if n > 1 else ""
     seconds = np.mean([run.seconds for run in runs])
     time = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    devices = set().union(*(run.devices for run in runs))
+    names = sorted({name if kind == "cuda" else f"{kind.upper()} {name}" for kind, name, _ in devices})
+    threads = sorted({f"{n} thread{'s' * (n != 1)}" for kind, _, n in devices if kind != "cuda"})
     doubts = {"partial data": run.partial, "other data": band is None, "modified code": run.modified}
     if any(doubts.values()):
         verdict = f"n/a ({next(filter(doubts.get, doubts))})"
@@ -149,7 +150,7 @@ def describe(runs):
            "Here: ACC / BWT": f"{ACC:.2f}{spread} / {BWT:.2f} ({n} {run.noun}{'s' * (n > 1)})",
            "In the band": verdict,
            "Data": f"partial: {run.partial}" if run.partial else "complete",
-           "Time per run": f"{time} ({' / '.join(sorted({run.devices for run in runs}))})",
+           "Time per run": f"{time} ({' and '.join(names)}{', ' * bool(threads)}{' or '.join(threads)})",
            "Memory": f"{np.mean([run.percent for run in runs]):.1f} %"}
     if band and not (run.partial or run.changed):
         row |= {"Paper: ACC / BWT": paper, "Difference": f"{ACC - float(paper.split()[0]):+.2f}"}
@@ -213,8 +214,8 @@ def main(args):
         rows += map(describe, found)
         published += found
     lines = [*markdown(COLUMNS, rows), LEGEND]
-    elsewhere = [f"`{run.place}`" for runs in settings for run in runs if not run.trained_here]
-    lines += [f"\nNot trained here, there is no checkpoint beside them: {', '.join(elsewhere)}."] if elsewhere else []
+    elsewhere = sum(not run.trained_here for runs in settings for run in runs)
+    lines += [f"\n{elsewhere} of these runs have no checkpoint beside them: they were trained elsewhere."] if elsewhere else []
     lines += ["\n### Other settings\n", *markdown(OTHER_COLUMNS, map(describe, others))] if others else []
     lines += ["\n### Not counted\n", *notes] if notes else []
     lines += [OTHER_METHODS] if args.all else []
