@@ -354,13 +354,6 @@ def test_tasks_depend_on_the_seed_and_not_on_their_number_global_generators_or_t
         assert torch.equal(t.test[0], other.test[0]) == (benchmark is not pmnist)
 
 
-@every_benchmark
-def test_a_validation_share_of_nothing(benchmark, tmp_path):
-    write_prepared(tmp_path, benchmark, n_train=100, n_test=100)
-    with pytest.raises(DataError, match="a validation share of 0.001 is less than one of a task's .* training images"):
-        load(benchmark, tmp_path, pc_valid=0.001)
-
-
 @pytest.mark.parametrize("split, kind", [("train", "training"), ("test", "test")])
 def test_classes_that_a_file_lacks(split, kind, tmp_path):
     arrays = small_arrays("cifar100", 200, 200)

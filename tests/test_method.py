@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import benchmark
 import main_cifar100 as gpm
 import main_cifar100_superclass
 import main_five_datasets
@@ -38,12 +39,14 @@ def random_bases(bases, share):
 
 
 # Representation -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kernel, stride, padding", [(3, 1, 1), (4, 1, 0), (3, 2, 1), (1, 2, 0), (5, 1, 2)])
-def test_representation_of_a_convolution_is_its_patches(kernel, stride, padding):
-    layer, x = nn.Conv2d(3, 7, kernel, stride=stride, padding=padding, bias=False), torch.randn(2, 3, 9, 9)
+@pytest.mark.parametrize("kernel, stride, padding, dilation", [
+    (3, 1, 1, 1), (4, 1, 0, 1), (3, 2, 1, 1), (1, 2, 0, 1), (5, 1, 2, 1), (3, 2, 1, 2)])
+def test_representation_of_a_convolution_is_its_patches(kernel, stride, padding, dilation):
+    layer, x = nn.Conv2d(3, 7, kernel, stride, padding, dilation, bias=False), torch.randn(2, 3, 9, 9)
+    extent = dilation * (kernel - 1) + 1
     padded = F.pad(x, [padding] * 4)
-    columns = [padded[b, :, i : i + kernel, j : j + kernel].flatten() for b in range(2)
-               for i in range(0, padded.shape[2] - kernel + 1, stride) for j in range(0, padded.shape[3] - kernel + 1, stride)]
+    columns = [padded[b, :, i : i + extent : dilation, j : j + extent : dilation].flatten() for b in range(2)
+               for i in range(0, padded.shape[2] - extent + 1, stride) for j in range(0, padded.shape[3] - extent + 1, stride)]
     R = gpm.representation_matrix(layer, x)
     assert torch.equal(R, torch.stack(columns, dim=1))
     assert torch.allclose(layer.weight.flatten(1) @ R, layer(x).transpose(0, 1).flatten(1), atol=1e-5)
@@ -205,21 +208,14 @@ def test_samples_of_resnet():
     assert ([*samples][9], [*samples][13]) == ("stage2.1.conv2", "stage3.1.conv1")
 
 
-def test_alexnet_drops_in_the_order_and_at_the_rates_of_the_paper():
+def test_alexnet_drops_in_the_order_and_at_the_rates_of_the_paper(monkeypatch):
     """The rest of it, and its gradients, are compared in test_benchmark.py."""
+    monkeypatch.setattr(gpm.Dropout, "forward", nn.Dropout.forward)
     model, x, logits = build(gpm), torch.randn(8, 3, 32, 32), []
     assert (model.drop1.p, model.drop2.p) == (0.2, 0.5)
-
-    def published(x):
-        x = F.max_pool2d(model.drop1(F.relu(model.bn1(model.conv1(x)))), 2)
-        x = F.max_pool2d(model.drop1(F.relu(model.bn2(model.conv2(x)))), 2)
-        x = F.max_pool2d(model.drop2(F.relu(model.bn3(model.conv3(x)))), 2)
-        x = model.drop2(F.relu(model.bn4(model.fc1(x.flatten(1)))))
-        return model.heads[3](model.drop2(F.relu(model.bn5(model.fc2(x)))))
-
-    for forward in published, lambda x: model(x, 3):
+    for forward in model, lambda *args: benchmark.plain_alexnet(model, *args):
         torch.manual_seed(2)
-        logits.append(forward(x))
+        logits.append(forward(x, 3))
     assert torch.allclose(*logits, atol=1e-6)
 
 

@@ -53,9 +53,10 @@ class Bench:
         return self.folder / models / self.script.__name__.removeprefix("main_") / run_name
 
     def process(self, *more, models="models"):
-        """Start the script in a process of its own."""
-        command = [sys.executable, "-u", str(ROOT / f"{self.script.__name__}.py"), *self.flags(*more, models=models)]
-        return subprocess.Popen(command, cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        """Start the script in a process of its own, whose lines must come as they are printed."""
+        command = [sys.executable, str(ROOT / f"{self.script.__name__}.py"), *self.flags(*more, models=models)]
+        return subprocess.Popen(command, cwd=self.folder, env={**os.environ, "PYTHONUNBUFFERED": ""}, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def program(self, *more, monkeypatch):
         """Run the script as python does, with what it does about exceptions, but in this process."""
@@ -147,6 +148,7 @@ def test_a_run_on_the_sets_own_files(bench, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("script, flags, name", [
     ("main_pmnist", "--n_tasks 10 --device cpu", "seed_2"), ("main_cifar100", "--run_name mine --lr 1", "mine"),
+    ("main_pmnist", "--threshold 0 --threshold_increment 0.2", "seed_2_threshold_0.0_threshold_increment_0.2"),
     ("main_pmnist", "--seed 3 --threshold 0.9 0.8 0.8 --lr 0.02", "seed_3_lr_0.02_threshold_0.9_0.8_0.8"),
     ("main_cifar100_superclass", "--t_order 3 --official_data --lr 0.1", "seed_1_order_3_official_data_lr_0.1"),
     ("main_cifar100_superclass", "", "seed_1_order_0"), ("main_five_datasets", "--official_data", "seed_37_official_data")])
@@ -292,9 +294,10 @@ def test_a_full_disk_or_gpu_ends_the_run_with_a_line_and_loses_nothing(pmnist, m
     assert results_of(pmnist.run())["finished"]
 
 
-def test_scripts_run_from_any_folder(bench, tmp_path):
-    command = [sys.executable, ROOT / f"{bench.script.__name__}.py", "--help"]
-    assert "--threshold_increment" in subprocess.check_output(command, cwd=tmp_path, text=True)
+def test_help_shows_the_defaults(bench, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        bench.script.parse_args(["--help"])
+    assert f"(default: {bench.script.N_TASKS})" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
