@@ -53,10 +53,9 @@ class Bench:
         return self.folder / models / self.script.__name__.removeprefix("main_") / run_name
 
     def process(self, *more, models="models"):
-        """Start the script in a process of its own, whose lines must come as they are printed."""
+        """Start the script in a process of its own."""
         command = [sys.executable, str(ROOT / f"{self.script.__name__}.py"), *self.flags(*more, models=models)]
-        return subprocess.Popen(command, cwd=self.folder, env={**os.environ, "PYTHONUNBUFFERED": ""}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def program(self, *more, monkeypatch):
         """Run the script as python does, with what it does about exceptions, but in this process."""
@@ -200,6 +199,12 @@ def test_a_run_that_is_killed_ends_like_an_uninterrupted_one(pmnist):
     out, err = pmnist.process(*more).communicate()
     assert err == "" and ", after task 0, epoch 0" not in out and ", epoch 0\n" in out
     assert_equal_runs(whole, pmnist.run_folder())
+
+
+def test_each_epoch_and_task_is_printed_at_once(pmnist, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "flush", flush := Mock())
+    pmnist.run("--n_epochs", "7")
+    assert flush.call_count == 2 * (7 + 1)
 
 
 def test_ctrl_c_ends_with_a_line(pmnist):
