@@ -14,7 +14,7 @@ class Task:
 
     train, valid, test: (x, y), float32 inputs ready for the network, (n, ...), and int64 labels, (n,). A part is made anew each
     time it is asked for and not kept: ten tasks on MNIST's images cost what one does. n_train, n_valid, n_test: their lengths.
-    data: which data set, from where, and whether complete.
+    summary: what a result says of them: the set, from where, whether complete, its digest, and the three lengths.
     """
 
     def __init__(self, name, raw, to_input, train, valid, test):
@@ -22,9 +22,10 @@ class Task:
         for index, kind in (train, "training"), (test, "test"):
             if len(index) == 0:
                 raise DataError(f"{raw.name} ({raw.source}) has no {kind} images for the task {name!r}")
-        self.name, self.data, self._raw, self._to_input = name, raw.info, raw, to_input
+        self.name, self._raw, self._to_input = name, raw, to_input
         self._index = {"train": train, "valid": valid, "test": test}
         self.n_train, self.n_valid, self.n_test = len(train), len(valid), len(test)
+        self.summary = {**raw.info, "train": self.n_train, "valid": self.n_valid, "test": self.n_test}
 
     train = property(lambda self: self._tensors("train"))
     valid = property(lambda self: self._tensors("valid"))
