@@ -1,10 +1,10 @@
-"""Gradient Projection Memory on 10-split CIFAR-100 (Saha, Garg, Roy, ICLR 2021, arXiv 2103.09762).
+"""Gradient Projection Memory on 10-split CIFAR-100 (Saha, Garg, Roy, ICLR 2021).
 
     python main_cifar100.py --seed 1
 
 benchmark   10 tasks of 10 classes each, one head per task
 network     AlexNet-like: 3 convolutions, 2 linear layers, 6.7 M parameters
-paper       ACC 72.48 ± 0.40, BWT -0.9
+paper       arXiv 2103.09762: ACC 72.48 ± 0.40, BWT -0.9
 measured    not measured yet
 output      models/cifar100/<run name>/results.json; the same command continues a stopped run
 

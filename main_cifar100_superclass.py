@@ -1,244 +1,166 @@
-"""Gradient Projection Memory on CIFAR-100 Superclass (Saha, Garg, Roy, ICLR 2021, arXiv 2103.09762).
+"""Gradient Projection Memory on CIFAR-100 Superclass (Saha, Garg, Roy, ICLR 2021).
 
-    python main_cifar100_superclass.py --t_order 0
     python main_cifar100_superclass.py --t_order 0 --official_data
 
-benchmark   20 tasks, the superclasses of CIFAR-100 with 5 classes each, one head per task; 5 orders of the tasks
+benchmark   20 tasks, the superclasses of CIFAR-100 with 5 classes each, one head per task
 network     LeNet-like: 2 convolutions, 2 linear layers, 3.0 M parameters
-paper       ACC 57.72, mean over the 5 orders
+paper       arXiv 2103.09762: ACC 57.72, mean over 5 orders of the tasks (--t_order)
 measured    --official_data: 57.49 ± 0.48 / -1.21 (5 orders), 66 min (CPU x86_64, 1 thread)
-            default: 60.77 ± 1.17 / -1.87 (5 orders), 76 min (CPU x86_64, 1 thread or 2 threads)
+            correct images: 60.77 ± 1.17 / -1.87 (5 orders), 76 min (CPU x86_64, 1 or 2 threads)
+output      models/cifar100_superclass/<run name>/results.json; the same command continues a
+            stopped run
 
-A layer is y = W x, x of width d. Its gradient G = delta x^T (Eq. 1-2) moves W only within the span of its inputs: a step
-orthogonal to the inputs of old tasks leaves their outputs alone. M (d, r), orthonormal columns, spans those inputs:
+The weight W of a linear map y = W x has the gradient G = delta x^T (Eq. 1-2), so SGD moves W only
+within the span of its inputs. Steps orthogonal to the inputs of old tasks leave the old outputs
+unchanged. GPM keeps an orthonormal basis M (d, r) of those inputs for each layer:
 
-    after a task       R (d, n): inputs of the layer as columns; R_hat = R - M M^T R = U S V^T    (Eq. 8)
-                       M <- [M, U_1 .. U_k], the fewest with which ||M^T R||^2 >= eps ||R||^2     (Eq. 9; M empty: Eq. 5)
-    on the next task   G <- G - G M M^T before each step of SGD                                   (Eq. 6-7)
+    after a task      R (d, n): the layer's inputs as columns
+                      R_hat = R - M M^T R = U S V^T: what is new in them          (Eq. 8)
+                      M <- [M, U_1 .. U_k], with the smallest k for which
+                      the new M holds a share eps: ||M^T R||^2 >= eps ||R||^2     (Eq. 9)
+    on the next task  G <- G - G M M^T before each step of SGD                    (Eq. 6-7)
 
---official_data: the released loader reads rows of 3 x 32 x 32 values as images of 32 x 32 x 3; 0.07 % of the values land where
-they belong. The paper's 57.72 and the numbers set beside it probably rest on such images. The default decodes them correctly.
+The first task starts from an empty M, for which Eq. 8-9 are Eq. 5.
 
-Changes relative to main_cifar100.py: LeNet in place of AlexNet; --t_order and --official_data; defaults of the flags.
+--official_data: the released loader reads rows of 3 x 32 x 32 values as images of 32 x 32 x 3, so
+that 0.07 % of the values land where they belong. The paper's 57.72, and the numbers that other
+papers set beside it, probably rest on such images. Without the flag they are decoded correctly.
+
+Changes relative to main_cifar100.py: LeNet in place of AlexNet; --t_order and --official_data;
+defaults of the flags.
 """
-# 1. Imports -----------------------------------------------------------------------------------------------------------
+
+# 1. Imports ---------------------------------------------------------------------------------------
 import argparse
-import fcntl
+import hashlib
 import io
 import json
 import math
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from dataloader import cifar100_superclass as benchmark
 from dataloader.raw import DataError
 
-# 2. Configuration -----------------------------------------------------------------------------------------------------
-PAPER = {"ACC": "57.72, mean over the 5 orders, probably on the images of --official_data", "BWT": "not given"}
+# 2. Configuration ---------------------------------------------------------------------------------
 N_TASKS = 20
-PLACES = ("device", "data_dir", "models_dir", "run_name")  # flags that say where, not what
-SAVE_SECONDS = 30  # a killed run loses no more than this, or one epoch if that takes longer
+PAPER = {"ACC": "57.72, mean over 5 orders", "BWT": "not given"}
+SAVE_SECONDS = 30  # a killed run loses at most this much, or one epoch if that takes longer
+WHERE = ("device", "data_dir", "models_dir", "run_name")  # flags that do not define the experiment
+VARIANT = ("seed", "t_order", "official_data")  # flags that choose one of the published runs
 
 
 def parse_args(argv=None):
-    """Read the flags; every default is the paper's. Wrong values end in one line and exit status 2."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=__doc__.split("\n")[0])
-    parser.error = fail
-    parser.add_argument("--seed", type=number(int, 0, 2**32), default=1, help="of weights, data split and batches")
-    parser.add_argument("--n_epochs", type=number(int, 1), default=50, help="epochs per task, at most")
-    parser.add_argument("--batch_size_train", type=number(int, 1), default=64, help="images per training step")
-    parser.add_argument("--batch_size_test", type=number(int, 1), default=64, help="images per test batch")
-    parser.add_argument("--pc_valid", type=number(float, 1e-6, 1), default=0.05, help="share of training images for validation")
-    parser.add_argument("--lr", type=number(float, 1e-9), default=0.01, help="learning rate at the start of a task")
-    parser.add_argument("--momentum", type=number(float, 0, 1), default=0.0, help="momentum of SGD")
-    parser.add_argument("--lr_min", type=number(float, 1e-9), default=1e-5, help="a task ends when its rate is below this")
-    parser.add_argument("--lr_patience", type=number(int, 0), default=6, help="epochs without gain before lr falls; 0: never")
-    parser.add_argument("--lr_factor", type=number(float, 1), default=2.0, help="what the learning rate is divided by")
-    parser.add_argument("--threshold", type=number(float, 0, 1), nargs="+", default=[0.98],
-                        help="eps of the first task: one value, or one per layer; 0: no projection")
-    parser.add_argument("--threshold_increment", type=number(float, 0, 1), default=0.001, help="what eps grows by with a task")
-    parser.add_argument("--n_samples", type=number(int, 1), nargs="+", default=[24, 100, 125, 125],
-                        help="training images that a layer's R is taken from: one value, or one per layer")
-    parser.add_argument("--n_tasks", type=number(int, 1, N_TASKS + 1), default=N_TASKS, help="train on the first tasks only")
-    parser.add_argument("--t_order", type=int, default=0, choices=range(5), help="order of the tasks")
-    parser.add_argument("--official_data", action="store_true", help="the scrambled images of the released code")
-    parser.add_argument("--device", type=usable_device, default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    parser.add_argument("--data_dir", default="data", help="where data sets are looked for and cached")
-    parser.add_argument("--models_dir", default="models", help="where the folder of the run is made")
-    parser.add_argument("--run_name", help="name of the run's folder; made from seed, order and changed flags if not given")
+    """Read the flags. Defaults are the published protocol; invalid values exit with status 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.error = fail  # one line, without the usage
+    add = parser.add_argument
+    # fmt: off
+    add("--seed", type=number(int, 0, 2**32), default=1, help="seeds weights, split and batches")
+    add("--n_epochs", type=number(int, 1), default=50, help="maximum number of epochs per task")
+    add("--batch_size_train", type=number(int, 1), default=64, help="images per training step")
+    add("--batch_size_test", type=number(int, 1), default=64, help="images per batch in evaluation")
+    add("--pc_valid", type=number(float, 1e-6, 1), default=0.05, help="fraction held out")
+    add("--lr", type=number(float, 1e-9), default=0.01, help="learning rate at the start of a task")
+    add("--momentum", type=number(float, 0, 1), default=0.0, help="momentum of SGD")
+    add("--lr_min", type=number(float, 1e-9), default=1e-5, help="a task ends once lr is below")
+    add("--lr_patience", type=number(int, 0), default=6, help="epochs without a lower validation "
+        "loss before lr is divided; 0: constant lr, and the last weights are kept")
+    add("--lr_factor", type=number(float, 1), default=2.0, help="lr is divided by this")
+    add("--threshold", type=number(float, 0, 1), nargs="+", default=[0.98],
+        help="eps on the first task, one value or one per layer; 0: no projection")
+    add("--threshold_increment", type=number(float, 0, 1), default=0.001, help="added per task")
+    add("--n_samples", type=number(int, 1), nargs="+", default=[24, 100, 125, 125],
+        help="training images from which R is computed, one value or one per layer")
+    add("--n_tasks", type=number(int, 1, N_TASKS + 1), default=N_TASKS, help="first n tasks")
+    add("--t_order", type=int, default=0, choices=range(5), help="order of the tasks")
+    add("--official_data", action="store_true", help="scrambled images, as in the released code")
+    add("--device", type=usable_device, default="auto", help="auto: cuda if usable, else cpu")
+    add("--data_dir", type=folder, default="data", help="where data sets are cached")
+    add("--models_dir", type=folder, default="models", help="where runs are kept")
+    add("--run_name", help="name of that folder; default: seed, order and changed flags")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.lr_min > args.lr:
         fail(f"--lr_min {args.lr_min} is above --lr {args.lr}: no epoch would be trained")
-    if max(eps and eps + (args.n_tasks - 1) * args.threshold_increment for eps in args.threshold) >= 1:
+    if max(thresholds(args, args.n_tasks - 1)) >= 1:
         fail(f"--threshold and --threshold_increment reach 1 within {args.n_tasks} tasks")
-    args.changed = {flag: value for flag, value in vars(args).items()
-                    if flag not in ("seed", "t_order", "official_data", *PLACES) and value != parser.get_default(flag)}
-    name = f"seed_{args.seed} order_{args.t_order} {'official_data' * args.official_data} {args.changed}"
-    args.run_name = args.run_name or re.sub(r"[^\w.-]+", "_", name).strip("_")  # seed_1_order_0_lr_0.02
+    args.changed = changed_flags(args, parser)
+    name = f"seed_{args.seed} order_{args.t_order} {'official_data' * args.official_data}"
+    args.run_name = args.run_name or name_of_run(name, args.changed)
     return args
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a number of this kind in [low, high)."""
-    def convert(text):
-        value = kind(text)
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
-        return value
-    convert.__name__ = kind.__name__  # for argparse's "invalid float value"
-    return convert
+def thresholds(args, task):
+    """eps of each --threshold on the task: it grows by the increment, but 0 stays 0."""
+    return [eps + task * args.threshold_increment if eps else 0 for eps in args.threshold]
 
 
-def usable_device(name):
-    """An argparse type: a torch.device that this machine has."""
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.ones(1, device=name).sum().item()  # a GPU that this torch was not built for fails here, at its first kernel
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name} cannot be used: {str(error).splitlines()[0].split('. ')[0]}") from None
-
-
-def fail(message, status=2):
-    """End the program with one line that says what is wrong: status 2 for wrong input, 1 for a run that went wrong."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-# 3. Network -----------------------------------------------------------------------------------------------------------
-class DivideByPower(torch.autograd.Function):
-    """y = x / s^0.75, s = 1 + band x^2, for x (B, channels, H, W). Differentiated by hand it passes over x less often."""
-
-    @staticmethod
-    def forward(ctx, x, band, one):
-        r = F.conv2d(x * x, band, one).rsqrt_()  # s^-0.5
-        p = r.sqrt().mul_(r)  # s^-0.75
-        ctx.save_for_backward(x, r, p, band)
-        return x * p
-
-    @staticmethod
-    def backward(ctx, g):
-        x, r, p, band = ctx.saved_tensors
-        gp = g * p  # the gradient of x is g p - 1.5 x band^T (g x p / s)
-        through_s = F.conv2d((gp * x).mul_(r).mul_(r), band.transpose(0, 1))
-        return gp.addcmul_(x, through_s, value=-1.5), None, None
-
-
-class LocalResponseNorm(nn.Module):
-    """nn.LocalResponseNorm(4, alpha=.001/9, beta=.75, k=1), which takes longer than the convolutions around it on a CPU."""
-
-    def __init__(self, channels):
-        super().__init__()
-        offset = torch.arange(channels) - torch.arange(channels)[:, None]
-        band = ((offset >= -2) & (offset <= 1)) * (0.001 / 9 / 4)  # x_c is divided by a sum over channels c-2 ... c+1
-        self.register_buffer("band", band[:, :, None, None], persistent=False)  # (channels, channels, 1, 1)
-        self.register_buffer("one", torch.ones(channels), persistent=False)
-
-    def forward(self, x):
-        return DivideByPower.apply(x, self.band, self.one)
-
-
-class LeNet(nn.Module):
-    """LeNet-like network without biases, one head per task."""
-
-    def __init__(self, n_tasks, n_classes):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 20, 5, padding=2, bias=False)
-        self.lrn1 = LocalResponseNorm(20)
-        self.conv2 = nn.Conv2d(20, 50, 5, padding=2, bias=False)
-        self.lrn2 = LocalResponseNorm(50)
-        self.fc1 = nn.Linear(3200, 800, bias=False)
-        self.fc2 = nn.Linear(800, 500, bias=False)
-        self.heads = nn.ModuleList(nn.Linear(500, n_classes, bias=False) for _ in range(n_tasks))
-        for W in self.parameters():
-            nn.init.kaiming_uniform_(W, mode="fan_in", nonlinearity="relu")
-
-    def forward(self, x, task):
-        """Logits (B, n_classes) of the task's head for images x (B, 3, 32, 32)."""
-        x = F.max_pool2d(self.lrn1(F.relu(self.conv1(x))), 3, stride=2, padding=1)  # (B, 20, 16, 16)
-        x = F.max_pool2d(self.lrn2(F.relu(self.conv2(x))), 3, stride=2, padding=1)  # (B, 50, 8, 8)
-        x = F.relu(self.fc1(x.flatten(1)))  # (B, 800)
-        x = F.relu(self.fc2(x))  # (B, 500)
-        return self.heads[task](x)
-
-
-def build_model(args):
-    """The network, initialised as He et al. do, with all heads, however many tasks are trained."""
-    return LeNet(n_tasks=N_TASKS, n_classes=5)
-
-
-# 4. Gradient projection memory ----------------------------------------------------------------------------------------
-def projected_layers(model):
-    """Layers whose gradient is projected, {name: module}: every Linear and Conv2d except the task heads."""
-    return {name: layer for name, layer in model.named_modules()
-            if isinstance(layer, (nn.Linear, nn.Conv2d)) and not name.startswith("heads")}
-
-
-@torch.no_grad()
-def layer_inputs(model, x, task):
-    """What reaches each projected layer, {name: tensor}, when x passes through the network as one batch in eval mode."""
-    inputs = {}
-    hooks = [layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
-             for name, layer in projected_layers(model).items()]
-    model.eval()(x, task)
-    for hook in hooks:
-        hook.remove()
-    return inputs
-
-
-def representation_matrix(layer, x):
-    """R (d, n): the layer's inputs x as columns; for a convolution its patches, n = samples * output positions."""
-    if isinstance(layer, nn.Conv2d):
-        patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (samples, d, positions)
-        return patches.transpose(0, 1).flatten(1)
-    return x.flatten(1).T
+# 3. Gradient projection memory --------------------------------------------------------------------
+# The layers below keep their own basis and project their own gradient. A network is protected by
+# building it from them; layers that must stay free, such as the task heads, are plain nn.Linear.
+# This holds for SGD, with momentum only if each task gets a new optimizer. Adam and weight decay
+# would move the weights outside of the projected gradients.
 
 
 def project(G, M):
-    """G - G M M^T: the part of each row of G (rows, d) that is orthogonal to the basis M (d, r) (Eq. 6-7)."""
+    """G - G M M^T: the part of each row of G (rows, d) orthogonal to the columns of M (d, r)."""
     return G - G @ M @ M.T
 
 
-def update_basis(M, R, eps):
-    """Append to M (d, r) the fewest directions with which it holds the share eps of the energy ||R||_F^2 (Eq. 8-9).
+class Projected(nn.Module):
+    """Mixin before nn.Linear or nn.Conv2d: a layer without bias that keeps a basis M (d, r).
 
-    The first task is the case of an empty M, shape (d, 0) (Eq. 5). Computed in float64 on the CPU; eps = 0 adds nothing.
+    M: orthonormal directions of old tasks' inputs. It starts empty, and then projects nothing. It
+    is saved as extra state, since load_state_dict refuses a buffer whose shape has changed.
     """
-    basis, R = M.cpu().double(), R.cpu().double()
-    R = torch.linalg.qr(R.T, mode="r").R.T  # (d, min(d, n)), which has the same U and S: n is often far above d
-    R_hat = project(project(R.T, basis), basis).T  # R - M M^T R (Eq. 8); twice, as M is orthonormal to float32 only
-    try:
-        U, S, _ = torch.linalg.svd(R_hat, full_matrices=False)
-    except torch.linalg.LinAlgError:  # LAPACK's gesdd may fail to converge; gesvd is slower, and sure
-        from scipy.linalg import svd
-        U, S, _ = map(torch.from_numpy, svd(R_hat.numpy(), full_matrices=False, lapack_driver="gesvd"))
-    energy, gained = R.square().sum(), S.square()
-    held = (energy - gained.sum()).clamp(min=0) + gained.cumsum(0) - gained  # energy in [M, U_1 .. U_i]
-    k = ((held < eps * energy) & (gained > 1e-12 * energy)).sum()  # the first ones; smaller gains are rounding noise
-    return torch.cat([M, U[:, :k].to(M)], dim=1)
+
+    def __init__(self, *args):
+        super().__init__(*args, bias=False)
+        d = self.weight[0].numel()
+        self.register_buffer("M", self.weight.new_zeros(d, 0), persistent=False)
+
+    def get_extra_state(self):
+        return self.M
+
+    def set_extra_state(self, M):
+        self.M = M.to(self.weight)
 
 
-def update_bases(model, task, x, bases, eps, n_samples):
-    """Extend the bases {name: M} by what the task's training images x give to each layer; eps, n_samples: one per layer."""
-    inputs = layer_inputs(model, x[torch.randperm(len(x))[: max(n_samples)].to(x.device)], task)
-    for (name, layer), layer_eps, n in zip(projected_layers(model).items(), eps, n_samples):
-        bases[name] = update_basis(bases[name], representation_matrix(layer, inputs[name][:n]), layer_eps)
+class ProjectedLinear(Projected, nn.Linear):
+    """y = x W^T for x (n, d) or (n, ..., d); W receives G - G M M^T in place of G (Eq. 6-7)."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+
+    def forward(self, x):
+        return LinearWithProjectedInput.apply(x, self.weight, self.M)
+
+    def representation(self, x):
+        """R (d, n): the inputs x as columns."""
+        return x.flatten(0, -2).T
 
 
-class ProjectedLinear(torch.autograd.Function):
-    """y = x W^T (B, out), whose W receives delta^T (x - x M M^T), delta being the gradient of y.
+class LinearWithProjectedInput(torch.autograd.Function):
+    """y = x W^T. W receives delta^T (x - x M M^T), where delta is the gradient of y.
 
-    With samples as rows G = delta^T x (Eq. 2): this is G - G M M^T (Eq. 6-7), on the B rows of x instead of the out rows of G.
+    With samples as rows G = delta^T x (Eq. 2), so this equals G - G M M^T, but it projects one row
+    per sample (64) instead of one per output (2048): a late step takes less than half the time.
     """
 
     @staticmethod
@@ -249,231 +171,671 @@ class ProjectedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, delta):
         x, W, M = ctx.saved_tensors
-        return delta @ W, delta.T @ project(x, M), None
+        x, delta = x.to(W.dtype), delta.to(W.dtype)  # under autocast they may be bfloat16
+        G = delta.flatten(0, -2).T @ project(x.flatten(0, -2), M)
+        return delta @ W, G, None
 
 
-def project_gradients(model):
-    """From now on let each layer's weight receive G - G M M^T in place of G (Eq. 6-7), M as bases holds it at each step.
+class ProjectedConv2d(Projected, nn.Conv2d):
+    """A convolution, i.e. a linear map of patches of d values, whose weight receives G - G M M^T.
 
-    Returns bases, {name: M}, every M without columns as yet: (d, 0), which projects nothing.
+    d = channels * kernel height * kernel width. It takes the first six arguments of nn.Conv2d;
+    padding must be a number or a pair.
     """
-    bases = {}
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1):
+        if isinstance(padding, str):
+            raise ValueError(f"padding must be a number or a pair, not {padding!r}")
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation)
+
+    def forward(self, x):
+        W = WeightWithProjectedGradient.apply(self.weight, self.M)
+        return F.conv2d(x, W, None, self.stride, self.padding, self.dilation)
+
+    def representation(self, x):
+        """R (d, n): the patches of the images x as columns, n = images * output positions."""
+        patches = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)
+        return patches.transpose(0, 1).flatten(1)
+
+
+class WeightWithProjectedGradient(torch.autograd.Function):
+    """The weight W (out, ...) itself; in the backward pass its gradient G becomes G - G M M^T."""
+
+    @staticmethod
+    def forward(ctx, W, M):
+        ctx.save_for_backward(M)
+        return W.view_as(W)  # a view, because autograd wants a new tensor
+
+    @staticmethod
+    def backward(ctx, G):
+        (M,) = ctx.saved_tensors
+        return project(G.flatten(1), M).view_as(G), None
+
+
+def projected_layers(model):
+    """The layers that keep a basis, {name: layer}, in the order of the network's definition."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Projected)}
+
+
+def unprotected_layers(model):
+    """Names of the modules with parameters of their own and no basis, but for BatchNorm."""
+    others = (Projected, nn.BatchNorm1d, nn.BatchNorm2d)
+    return [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, others) and any(True for _ in module.parameters(recurse=False))
+    ]
+
+
+def update_basis(M, R, eps):
+    """Append to M (d, r) the fewest directions that keep a share eps of R's energy (Eq. 8-9).
+
+    R: (d, n). Computed in float64 on the CPU. eps = 0 appends nothing.
+    """
+    basis, R = M.cpu().double(), R.cpu().double()
+    R = torch.linalg.qr(R.T, mode="r").R.T  # the same U and S, but at most d columns
+    R_hat = R - basis @ (basis.T @ R)
+    R_hat = R_hat - basis @ (basis.T @ R_hat)  # again: M is orthonormal only to float32 precision
+    U, S = left_singular_vectors(R_hat)
+    energy = R.square().sum()
+    gain = S.square()  # the energy that each U_i would add
+    held_by_M = (energy - gain.sum()).clamp(min=0)
+    held_before = held_by_M + gain.cumsum(0) - gain  # by M, U_1 .. U_(i-1)
+    is_needed = (held_before < eps * energy) & (gain > 1e-12 * energy)  # a smaller gain is rounding
+    k = is_needed.sum()  # the needed ones come first
+    return torch.cat([M, U[:, :k].to(M)], dim=1)
+
+
+def left_singular_vectors(A):
+    """U and S of the SVD A = U S V^T. Where LAPACK's gesdd does not converge, gesvd does."""
+    try:
+        U, S, _ = torch.linalg.svd(A, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        from scipy.linalg import svd
+
+        U, S, _ = svd(A.numpy(), full_matrices=False, lapack_driver="gesvd")
+    return torch.as_tensor(U), torch.as_tensor(S)
+
+
+@torch.no_grad()
+def layer_inputs(model, x, task):
+    """The inputs of each projected layer, {name: [one tensor per call]}, for x as one batch."""
+    inputs, hooks = {}, []
     for name, layer in projected_layers(model).items():
-        bases[name] = layer.weight.new_zeros(layer.weight[0].numel(), 0)
-        if isinstance(layer, nn.Linear):
-            layer.forward = lambda x, layer=layer, name=name: ProjectedLinear.apply(x, layer.weight, bases[name])
-        else:
-            layer.weight.register_hook(lambda G, name=name: project(G.flatten(1), bases[name]).view_as(G))
-    return bases
+        inputs[name] = []
+
+        def keep(layer, args, name=name):
+            inputs[name].append(args[0])
+
+        hooks.append(layer.register_forward_pre_hook(keep))
+    model.eval()
+    model(x, task)
+    for hook in hooks:
+        hook.remove()
+    if not any(inputs.values()):
+        raise RuntimeError("no layer was called: pass the model itself, not torch.compile's")
+    return inputs
+
+
+def update_bases(model, task, x, eps, n_samples):
+    """After a task, add to each layer's basis what the task's training images x need (Eq. 8-9).
+
+    eps, n_samples: one value per layer; ValueError if there are more or fewer. All layers see the
+    same random images, of which each uses its first n_samples. A layer that the task does not call
+    keeps its basis.
+    """
+    layers = projected_layers(model)
+    if not len(eps) == len(n_samples) == len(layers):
+        raise ValueError(f"eps and n_samples need a value for each of the layers {[*layers]}")
+    images = x[torch.randperm(len(x))[: max(n_samples)].to(x.device)]
+    inputs = layer_inputs(model, images, task)
+    for (name, layer), layer_eps, n in zip(layers.items(), eps, n_samples, strict=True):
+        if inputs[name]:
+            R = torch.cat([layer.representation(call[:n]) for call in inputs[name]], dim=1)
+            layer.M = update_basis(layer.M, R, layer_eps)
 
 
 def freeze_batchnorm(model):
-    """Keep the gain and shift of every BatchNorm as they are: they are learned on the first task only."""
+    """Stop training the scale and shift of BatchNorm: they are learned on the first task only."""
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.requires_grad_(False)
 
 
-# 5. Training and evaluation -------------------------------------------------------------------------------------------
+# 4. Network ---------------------------------------------------------------------------------------
+class LocalResponseNorm(nn.Module):
+    """nn.LocalResponseNorm(4, alpha=.001/9, beta=.75, k=1) for a fixed number of channels.
+
+    PyTorch's own takes longer on a CPU than the convolutions around it. Here the sum of squares
+    over neighbouring channels is a 1x1 convolution with a matrix that is a band of ones.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        offset = torch.arange(channels) - torch.arange(channels)[:, None]
+        band = ((offset >= -2) & (offset <= 1)) * (0.001 / 9 / 4)  # from channel c - 2 to c + 1
+        self.register_buffer("band", band[:, :, None, None], persistent=False)  # a 1x1 convolution
+        self.register_buffer("one", torch.ones(channels), persistent=False)
+
+    def forward(self, x):
+        """x / (1 + sum of squares)^0.75 for x (B, channels, H, W)."""
+        return DivideByPower.apply(x, self.band, self.one)
+
+
+class DivideByPower(torch.autograd.Function):
+    """y = x / s^0.75 with s = 1 + band x^2. By hand because autograd would pass over x more often.
+
+    dL/dx = g p - 1.5 x band^T (g p x / s), where g = dL/dy and p = s^-0.75.
+    """
+
+    @staticmethod
+    def forward(ctx, x, band, one):
+        root = F.conv2d(x * x, band, one).rsqrt_()  # s^-0.5
+        p = root.sqrt().mul_(root)  # s^-0.75
+        ctx.save_for_backward(x, root, p, band)
+        return x * p
+
+    @staticmethod
+    def backward(ctx, g):
+        x, root, p, band = ctx.saved_tensors
+        gp = g * p
+        gpx_over_s = (gp * x).mul_(root).mul_(root)
+        through_s = F.conv2d(gpx_over_s, band.transpose(0, 1))
+        return gp.addcmul_(x, through_s, value=-1.5), None, None
+
+
+class LeNet(nn.Module):
+    """LeNet-like network without biases and with one head per task."""
+
+    def __init__(self, n_tasks, n_classes):
+        super().__init__()
+        self.conv1 = ProjectedConv2d(3, 20, 5, padding=2)
+        self.lrn1 = LocalResponseNorm(20)
+        self.conv2 = ProjectedConv2d(20, 50, 5, padding=2)
+        self.lrn2 = LocalResponseNorm(50)
+        self.fc1 = ProjectedLinear(3200, 800)
+        self.fc2 = ProjectedLinear(800, 500)
+        self.heads = nn.ModuleList(nn.Linear(500, n_classes, bias=False) for _ in range(n_tasks))
+        for W in self.parameters():
+            nn.init.kaiming_uniform_(W, mode="fan_in", nonlinearity="relu")
+
+    def forward(self, x, task):
+        """Logits (B, n_classes) of the task's head for images x (B, 3, 32, 32)."""
+        x = self.lrn1(F.relu(self.conv1(x)))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)  # (B, 20, 16, 16)
+        x = self.lrn2(F.relu(self.conv2(x)))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)  # (B, 50, 8, 8)
+        x = F.relu(self.fc1(x.flatten(1)))  # (B, 800)
+        x = F.relu(self.fc2(x))  # (B, 500)
+        return self.heads[task](x)
+
+
+def build_model(args):
+    """The network with the initialisation of He et al. and all heads, whatever --n_tasks says."""
+    return LeNet(n_tasks=N_TASKS, n_classes=5)
+
+
+# 5. Training and evaluation -----------------------------------------------------------------------
 def train_epoch(model, task, x, y, optimizer, batch_size):
-    """One pass over the images x (N, ...) with labels y (N,) in random order. Returns the mean loss."""
+    """One pass in random order over images x (N, ...) with labels y (N,). Returns the mean loss."""
     model.train()
     total = torch.zeros((), device=x.device)
     order = torch.randperm(len(x)).to(x.device)
+    # disable=None: no progress bar where the output is not a terminal
     for batch in tqdm(order.split(batch_size), f"task {task + 1}", leave=False, disable=None):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x.index_select(0, batch), task), y.index_select(0, batch))
-        loss.backward()
+        loss = F.cross_entropy(model(x[batch], task), y[batch])
+        loss.backward()  # weights of projected layers receive G - G M M^T
         optimizer.step()
-        total += loss.detach() * len(batch)
+        total += loss.detach() * len(batch)  # no .item(): it would wait for the GPU in each step
     return total.item() / len(x)
 
 
 @torch.no_grad()
 def evaluate(model, task, x, y, batch_size):
-    """(Mean loss, accuracy in percent) on images x (N, ...), in their order: BatchNorm depends on what is in a batch."""
+    """Mean loss and accuracy in percent. BatchNorm makes both depend on the order of x."""
     model.eval()
     logits = torch.cat([model(batch, task) for batch in x.split(batch_size)])
-    return F.cross_entropy(logits, y).item(), 100 * (logits.argmax(1) == y).sum().item() / len(y)
+    accuracy = 100 * (logits.argmax(1) == y).sum().item() / len(y)
+    return F.cross_entropy(logits, y).item(), accuracy
 
 
-START_OF_TASK = {"epoch": 0, "waited": 0, "best_loss": math.inf, "best": None, "optimizer": None}  # before the first epoch
+@dataclass
+class Progress:
+    """Where the training stands between two epochs."""
+
+    task: int = 0  # the one being learned
+    epoch: int = 0  # epochs of this task so far
+    lr: float = 0.0
+    waited: int = 0  # epochs since the validation loss was lowest, or since lr was divided
+    best_loss: float = math.inf
+    best_weights: dict | None = None  # with best_loss
+    optimizer: dict | None = None  # its state_dict
 
 
-def train_task(model, task, train, valid, args, run, folder):
-    """Train on one task, and leave the network with the weights of the lowest validation loss (lr_patience 0: the last ones).
+def train_task(model, train, valid, args, progress, end_epoch):
+    """Learn one task. The network is left with the weights of the lowest validation loss.
 
-    After lr_patience epochs without a lower one the learning rate is divided by lr_factor; the task ends when it falls below
-    lr_min. train, valid: (x, y). run: where the training stands (see main), saved to the folder as it goes.
+    After lr_patience epochs without a lower one lr is divided by lr_factor; the task ends when lr
+    falls below lr_min. With lr_patience 0 lr is constant and the last weights are kept.
+    train, valid: (x, y). progress: where to begin; it is kept up to date. end_epoch: called after
+    each epoch with lr, train loss, validation loss and accuracy, and seconds.
     """
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum)
-    optimizer.load_state_dict(run["optimizer"] or optimizer.state_dict())
-    while run["epoch"] < args.n_epochs and run["lr"] >= args.lr_min:
-        start, lr = time.perf_counter(), run["lr"]
+    optimizer = torch.optim.SGD(model.parameters(), progress.lr, args.momentum)
+    if progress.optimizer:
+        optimizer.load_state_dict(progress.optimizer)
+    while progress.epoch < args.n_epochs and progress.lr >= args.lr_min:
+        start, lr = time.perf_counter(), progress.lr
         optimizer.param_groups[0]["lr"] = lr
-        loss = train_epoch(model, task, *train, optimizer, args.batch_size_train)
-        valid_loss, valid_acc = evaluate(model, task, *valid, args.batch_size_test)
-        run["epoch"] += 1
+        loss = train_epoch(model, progress.task, *train, optimizer, args.batch_size_train)
+        progress.epoch += 1
+        fresh = shuffled(valid, args.seed, progress.task, progress.epoch)
+        valid_loss, accuracy = evaluate(model, progress.task, *fresh, args.batch_size_test)
         if not math.isfinite(loss + valid_loss):
-            fail(f"the loss became {loss + valid_loss} in task {task + 1}: try a smaller --lr than {args.lr}", status=1)
-        if valid_loss < run["best_loss"] or not args.lr_patience:
-            run.update(best_loss=valid_loss, best={key: W.clone() for key, W in model.state_dict().items()}, waited=0)
+            fail(f"the loss became {loss + valid_loss}: try an --lr below {args.lr}", status=1)
+        if valid_loss < progress.best_loss or args.lr_patience == 0:
+            progress.best_loss, progress.waited = valid_loss, 0
+            state = model.state_dict()
+            progress.best_weights = {key: value.clone() for key, value in state.items()}
         else:
-            run["waited"] += 1
-            if run["waited"] == args.lr_patience:
-                run.update(lr=lr / args.lr_factor, waited=0)
-        run["optimizer"] = optimizer.state_dict()
-        run["results"]["history"].append([task + 1, run["epoch"], lr, *np.round((loss, valid_loss, valid_acc), 4).tolist()])
-        print(f"task {task + 1:2d} epoch {run['epoch']:3d} | train loss {loss:7.4f} | valid loss {valid_loss:7.4f} "
-              f"acc {valid_acc:6.2f} | lr {lr:.2e} | {time.perf_counter() - start:6.2f} s", flush=True)
-        save_run(folder, run, model, if_older_than=SAVE_SECONDS - (time.perf_counter() - start))  # the next epoch counts
-    model.load_state_dict(run["best"])
+            progress.waited += 1
+            if progress.waited == args.lr_patience:
+                progress.lr, progress.waited = lr / args.lr_factor, 0
+        progress.optimizer = optimizer.state_dict()
+        end_epoch(lr, loss, valid_loss, accuracy, seconds=time.perf_counter() - start)
+    model.load_state_dict(progress.best_weights)
 
 
-# 6. Results and checkpoints -------------------------------------------------------------------------------------------
+def shuffled(part, *seed):
+    """Images and labels in random order, drawn independently of the training's random numbers.
+
+    With BatchNorm the validation loss depends on which images share a batch. As in the released
+    code, each epoch draws the batches anew; with fixed ones other epochs would be selected.
+    """
+    x, y = part
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x))).to(x.device)
+    return x[order], y[order]
+
+
 def average_accuracy(acc):
-    """ACC: mean over u of acc[T, u]. acc (T, T): accuracy on task u (column) after training task t (row)."""
-    return float(np.mean(np.asarray(acc)[-1]))
+    """ACC: mean over u of acc[T, u]. acc (T, T): accuracy on task u (column) after task t (row).
+
+    Where task u was not learned yet (u > t), acc is None.
+    """
+    return float(np.mean(np.array(acc, dtype=float)[-1]))
 
 
 def backward_transfer(acc):
-    """BWT: mean over u < T of acc[T, u] - acc[u, u]; 0 after one task, when there was nothing to forget."""
-    acc = np.asarray(acc)
+    """BWT: mean over u < T of acc[T, u] - acc[u, u]; 0 after the first task."""
+    acc = np.array(acc, dtype=float)
     return float(np.mean(acc[-1, :-1] - np.diag(acc)[:-1])) if len(acc) > 1 else 0.0
 
 
-def provenance(device):
-    """Commit, whether this script or the loaders differ from it, versions, device. The commit is "" outside of a checkout."""
-    git = f"git rev-parse HEAD && git status --porcelain -- {Path(__file__).name} dataloader"
-    printed = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
-    commit, _, changes = printed.partition("\n")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"commit": commit, "dirty": bool(changes),
-            "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
-            "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()}}
-
-
-def claim(folder):
-    """Make the run's folder and refuse a second process there. Returns an open file whose lock ends when it is closed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another process is at work in {folder}: wait for it, or choose another --run_name")
-    except OSError:
-        pass  # a file system without locks, where a run is possible too
-    return lock
-
-
-def save_run(folder, run, model, if_older_than=0):
-    """Write results.json and checkpoint.pt, under another name first: a kill leaves the old file or the new one, whole."""
-    passed = time.perf_counter() - run["saved"]
-    if passed < if_older_than:
-        return
-    run["saved"] += passed
-    run["results"]["seconds"] += passed
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in run["results"].items())
-    random = [generator.get_state() for generator in (torch.default_generator, *torch.cuda.default_generators)]
-    checkpoint = io.BytesIO()  # as torch reports a full disk in many ways
-    torch.save({**run, "model": model.state_dict(), "random": random}, checkpoint)
-    for name, content in ("results.json", f"{{\n{lines}\n}}\n".encode()), ("checkpoint.pt", checkpoint.getbuffer()):
-        (folder / f"{name}.part").write_bytes(content)
-        (folder / f"{name}.part").replace(folder / name)
-
-
-def load_run(folder, run, model):
-    """Bring run and model to where the folder's checkpoint was written. Other arguments or data than there are refused."""
-    try:
-        saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in many ways
-        fail(f"{folder}/checkpoint.pt cannot be read ({type(error).__name__}): remove the folder to start anew")
-    for part in "args", "data", "widths":
-        old, new = saved["results"].get(part, {}), run["results"][part]
-        other = [f"{key} {old.get(key)} there, {new.get(key)} here" for key in {**old, **new} if old.get(key) != new.get(key)]
-        if other:
-            fail(f"{folder} holds a run with other {part} ({'; '.join(other[:3])}): choose another --run_name")
-    model.load_state_dict(saved.pop("model"))
-    for generator, state in zip((torch.default_generator, *torch.cuda.default_generators), saved.pop("random")):
-        generator.set_state(state)
-    run["bases"].update({name: M.to(run["bases"][name]) for name, M in saved.pop("bases").items()})
-    run.update(saved)
-
-
-# 7. Main --------------------------------------------------------------------------------------------------------------
-def load_tasks(args, model):
-    """The benchmark's tasks (dataloader.task.Task), once it is clear that the flags fit the network and the data."""
-    layers = projected_layers(model)
-    for flag in "threshold", "n_samples":
-        if len(getattr(args, flag)) not in (1, len(layers)):
-            fail(f"--{flag} takes one value, or one for each of the {len(layers)} layers {' '.join(layers)}")
-    batchnorm = any(isinstance(module, nn.BatchNorm1d) for module in model.modules())  # 2d: an image has many positions
-    tasks = benchmark.load(args.data_dir, args)
-    for task in tasks:
-        if not 1 < max(args.n_samples) <= task.n_train:
-            fail(f"--n_samples: the largest must lie between 2 and {task.n_train}, the training images of {task.name}")
-        for flag, n in ("batch_size_train", task.n_train), ("batch_size_test", task.n_valid), ("batch_size_test", task.n_test):
-            if batchnorm and (n - 1) % getattr(args, flag) == 0:
-                fail(f"--{flag} leaves a batch of one of {n} images, which BatchNorm cannot normalise: choose another")
-    return tasks
-
-
+# 6. Main ------------------------------------------------------------------------------------------
 def main(args):
-    """Train on the tasks one after another and report ACC and BWT."""
-    folder = Path(args.models_dir) / Path(__file__).stem.removeprefix("main_") / args.run_name
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # its error of 1e-3 would move old outputs
-    torch.backends.cudnn.deterministic = True  # so that a resumed run can repeat the stopped one on a GPU too
+    """Learn the tasks one after another, and report ACC and BWT."""
     torch.manual_seed(args.seed)
-    layout = torch.channels_last if args.device.type == "cpu" else torch.preserve_format  # saves 20 % of a CPU's step
+    torch.backends.cudnn.deterministic = True  # so that a resumed run repeats the stopped one
+    torch.backends.cudnn.allow_tf32 = False  # its error of 1e-3 would change old outputs
+    torch.backends.cuda.matmul.allow_tf32 = False
+    on_cpu = args.device.type == "cpu"
+    layout = torch.channels_last if on_cpu else torch.preserve_format  # a fifth faster on a CPU
     model = build_model(args).to(args.device, memory_format=layout)
-    bases = project_gradients(model)
-    tasks = load_tasks(args, model)
-    thresholds, n_samples = (v if len(v) > 1 else v * len(bases) for v in (args.threshold, args.n_samples))  # one for all
-    run = {"bases": bases, "lr": args.lr, **START_OF_TASK, "results": {  # what a checkpoint keeps beside the weights
-        "args": {flag: value for flag, value in vars(args).items() if flag != "changed" and flag not in PLACES},
-        "changed": args.changed,
-        "data": {task.name: {**task.data, "train": task.n_train, "valid": task.n_valid, "test": task.n_test} for task in tasks},
-        "origins": [], "widths": {name: len(M) for name, M in bases.items()}, "accuracy_matrix": [], "ACC": None, "BWT": None,
-        "ranks": [], "memory": [], "history": [], "seconds": 0.0, "finished": False}}
-    with claim(folder):
-        if (folder / "checkpoint.pt").exists():
-            load_run(folder, run, model)
-        run["saved"], results, origin = time.perf_counter(), run["results"], provenance(args.device)
-        if origin not in results["origins"]:
-            results["origins"].append(origin)
-        print(f"{folder}: {args.changed or 'as published'}, {origin}, after task {len(results['ranks'])}, epoch {run['epoch']}")
-        for t in range(len(results["ranks"]), args.n_tasks):
-            train, valid = ([tensor.to(args.device) for tensor in part] for part in (tasks[t].train, tasks[t].valid))
+    check_flags(args, model)
+    tasks = benchmark.load(args.data_dir, args)
+    check_sizes(args, model, tasks)
+
+    with Run(args, model, tasks) as run:
+        for t in range(run.progress.task, args.n_tasks):
+            train = on_device(tasks[t].train, args.device)
+            valid = on_device(tasks[t].valid, args.device)
             if t > 0:
                 freeze_batchnorm(model)
-            train_task(model, t, train, valid, args, run, folder)
-            eps = [threshold and threshold + t * args.threshold_increment for threshold in thresholds]
-            update_bases(model, t, train[0], bases, eps, n_samples)
-            tests = ([tensor.to(args.device) for tensor in task.test] for task in tasks[: t + 1])
-            row = [evaluate(model, u, *test, args.batch_size_test)[1] for u, test in enumerate(tests)]
-            acc = [[*old, 0.0] for old in results["accuracy_matrix"]] + [row]  # 0: not learned yet
-            ranks = {name: M.shape[1] for name, M in bases.items()}
-            used = 100 * sum(M.numel() for M in bases.values()) / sum(len(M) ** 2 for M in bases.values())
-            results.update(accuracy_matrix=acc, ACC=average_accuracy(acc), BWT=backward_transfer(acc),
-                           ranks=[*results["ranks"], ranks], memory=[*results["memory"], used], finished=t + 1 == args.n_tasks)
-            print(f"task {t + 1:2d} ({tasks[t].name}) learned in {run['epoch']} epochs, bases {used:.1f} % of GPM_Max\n"
-                  f"  accuracy {' '.join(f'{a:6.2f}' for a in row)} | ACC so far {results['ACC']:.2f}\n"
-                  f"  rank     {'  '.join(f'{name} {r}/{len(bases[name])}' for name, r in ranks.items())}", flush=True)
-            run.update(START_OF_TASK, lr=args.lr)
-            save_run(folder, run, model)  # from here on the task counts as done
-    partial = sorted({f"{data['set']} in part" for data in results["data"].values() if not data["complete"]})
-    if args.changed or partial:
-        print("not comparable with the paper:", ", ".join([*(f"--{flag}" for flag in args.changed), *partial]))
-    for metric in "ACC", "BWT":
-        print(f"{metric} {results[metric]:.2f}   (paper: {PAPER[metric]})")
+            train_task(model, train, valid, args, run.progress, run.end_epoch)
+            update_bases(model, t, train[0], thresholds(args, t), args.n_samples)
+            accuracies = []
+            for u, task in enumerate(tasks[: t + 1]):
+                test = on_device(task.test, args.device)
+                accuracies.append(evaluate(model, u, *test, args.batch_size_test)[1])
+            run.end_task(accuracies)
+        run.report()
+
+
+def on_device(part, device):
+    """(x, y) on the device."""
+    return [tensor.to(device) for tensor in part]
+
+
+# 7. Runs: results and checkpoints -----------------------------------------------------------------
+HISTORY = ["task", "epoch", "lr", "train_loss", "valid_loss", "valid_accuracy"]
+
+
+class Run:
+    """A run in its folder <models_dir>/<benchmark>/<run_name>, entered by one process at a time.
+
+    results: what results.json holds. progress: where the training stands. Both are saved together
+    with weights, bases and random numbers. A run whose folder has a checkpoint goes on from it.
+    """
+
+    def __init__(self, args, model, tasks):
+        self.args, self.model = args, model
+        self.layers = projected_layers(model)
+        self.names = [task.name for task in tasks]
+        self.folder = args.models_dir / Path(__file__).stem.removeprefix("main_") / args.run_name
+        self.progress = Progress(lr=args.lr)
+        self.saved_at = time.perf_counter()
+        self.results = {
+            "format": 2,
+            "benchmark": benchmark.__name__.removeprefix("dataloader."),
+            "script": Path(__file__).stem,
+            "args": {flag: v for flag, v in vars(args).items() if flag not in ("changed", *WHERE)},
+            "changed": args.changed,
+            "data": {task.name: task.summary for task in tasks},
+            "origins": [],  # code, commit, versions and device of each process that worked on it
+            "widths": {name: len(layer.M) for name, layer in self.layers.items()},
+            "accuracy_matrix": [],
+            "ACC": None,
+            "BWT": None,
+            "ranks": [],  # {layer: r} after each task
+            "memory": [],  # share of GPM_Max after each task, in percent
+            "history_columns": HISTORY,
+            "history": [],  # a row per epoch
+            "seconds": 0.0,
+            "finished": False,
+        }
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / "lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            fail(f"another process is at work in {self.folder}: wait, or choose another --run_name")
+        except NotImplementedError:
+            pass  # a file system without locks
+        if (self.folder / "checkpoint.pt").exists():
+            self.resume()
+        self.announce()
+        return self
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+    def resume(self):
+        """Continue from the checkpoint. Refuses one of other arguments, data or network."""
+        path = self.folder / "checkpoint.pt"
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can fail in many ways
+            fail(f"{path} cannot be read ({type(error).__name__}): remove the folder to start over")
+        for part in "args", "data", "widths":
+            here, there = self.results[part], saved["results"].get(part, {})
+            if part == "data":  # the same images may come from another place
+                here, there = digests(here), digests(there)
+            if here != there:
+                other = f"other {part} ({differences(there, here)})"
+                fail(f"{self.folder} holds a run with {other}: choose another --run_name")
+        try:
+            self.model.load_state_dict(saved["model"])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split()[:20])
+            fail(f"{self.folder} holds another network ({reason} ...): choose another --run_name")
+        self.results = saved["results"]
+        self.progress = Progress(**saved["progress"])
+        generators = random_generators(self.args.device)
+        for generator, state in zip(generators, saved["random"], strict=False):  # GPU or not
+            generator.set_state(state)
+
+    def announce(self):
+        """Print what is going to happen, and note what this process works with."""
+        results, progress = self.results, self.progress
+        origin, origins = provenance(self.args.device), results["origins"]
+        if any(other["code"] != origin["code"] for other in origins):
+            print(
+                "note: this run began with other code; --run_name starts a new one with this code"
+            )
+        if origin not in origins and not results["finished"]:
+            origins.append(origin)
+        position = f"from task {progress.task + 1}, epoch {progress.epoch + 1}"
+        print(
+            f"{self.folder}: {self.args.changed or 'default flags'}, "
+            f"{'finished' if results['finished'] else position}\n"
+            f"{time.strftime('%Y-%m-%d %H:%M')} on {platform.node()}, {origin['device']['name']}\n"
+            f"without a basis: {', '.join(unprotected_layers(self.model)) or 'no layer'}",
+            flush=True,
+        )
+
+    def save(self):
+        """Write results.json and checkpoint.pt."""
+        now = time.perf_counter()
+        self.results["seconds"] += now - self.saved_at
+        self.saved_at = now
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in self.results.items()]
+        checkpoint = io.BytesIO()  # in memory first, because torch reports a full disk in many ways
+        torch.save(
+            {
+                "results": self.results,
+                "progress": vars(self.progress),
+                "model": self.model.state_dict(),  # with the bases
+                "random": [g.get_state() for g in random_generators(self.args.device)],
+            },
+            checkpoint,
+        )
+        write(self.folder / "results.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+        write(self.folder / "checkpoint.pt", checkpoint.getbuffer())
+
+    def end_epoch(self, lr, loss, valid_loss, accuracy, seconds):
+        """Log an epoch; save if a kill during the next one could cost more than SAVE_SECONDS."""
+        progress = self.progress
+        print(
+            f"task {progress.task + 1:2d} epoch {progress.epoch:3d} | train loss {loss:7.4f} | "
+            f"valid loss {valid_loss:7.4f} acc {accuracy:6.2f} | lr {lr:.2e} | {seconds:6.2f} s",
+            flush=True,
+        )
+        numbers = [round(value, 4) for value in (loss, valid_loss, accuracy)]
+        self.results["history"].append([progress.task + 1, progress.epoch, lr, *numbers])
+        if time.perf_counter() - self.saved_at + seconds >= SAVE_SECONDS:
+            self.save()
+
+    def end_task(self, accuracies):
+        """Log what the network knows after a task, and save. accuracies: on each task so far."""
+        results, t = self.results, self.progress.task
+        rows = [[*row, None] for row in results["accuracy_matrix"]]  # None: not learned yet
+        acc = results["accuracy_matrix"] = [*rows, accuracies]
+        ranks = {name: layer.M.shape[1] for name, layer in self.layers.items()}
+        widths = results["widths"]
+        used = sum(r * widths[name] for name, r in ranks.items())
+        memory = 100 * used / sum(d**2 for d in widths.values())
+        results["ranks"].append(ranks)
+        results["memory"].append(memory)
+        results.update(ACC=average_accuracy(acc), BWT=backward_transfer(acc))
+        results["finished"] = t + 1 == self.args.n_tasks
+        print(
+            f"task {t + 1:2d} ({self.names[t]}) learned in {self.progress.epoch} epochs, "
+            f"ACC so far {results['ACC']:.2f}, bases {memory:.1f} % of GPM_Max\n"
+            f"  accuracy {' '.join(f'{a:6.2f}' for a in accuracies)}\n"
+            f"  rank     {'  '.join(f'{name} {r}/{widths[name]}' for name, r in ranks.items())}",
+            flush=True,
+        )
+        self.progress = Progress(task=t + 1, lr=self.args.lr)
+        self.save()
+
+    def report(self):
+        """Print ACC and BWT: beside the paper's, or with the reasons why they do not compare."""
+        reasons = [f"--{flag}" for flag in self.args.changed]
+        data = self.results["data"].values()
+        reasons += sorted({f"incomplete {part['set']}" for part in data if not part["complete"]})
+        if not getattr(self.args, "official_data", True):
+            reasons.append("no --official_data")
+        if any(origin["dirty"] for origin in self.results["origins"]):
+            reasons.append("uncommitted changes of the code")
+        if reasons:
+            print("not comparable with the paper:", ", ".join(reasons))
+        for metric in "ACC", "BWT":
+            paper = "" if reasons else f"   (paper: {PAPER[metric]})"
+            print(f"{metric} {self.results[metric]:.2f}{paper}")
+
+
+def digests(data):
+    """{task: digest of its images and labels}."""
+    return {task: summary.get("digest") for task, summary in data.items()}
+
+
+def differences(old, new):
+    """The first three keys whose values differ, as text."""
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return "; ".join(f"{key} {old.get(key)} there, {new.get(key)} here" for key in keys[:3])
+
+
+def write(path, content):
+    """Write a file under another name first: a kill leaves the old file or the new one, whole."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk has no name
+
+
+def random_generators(device):
+    """The generators that PyTorch draws from: the CPU's, and that of the run's GPU."""
+    if device.type != "cuda":
+        return [torch.default_generator]
+    return [torch.default_generator, torch.cuda.default_generators[device.index or 0]]
+
+
+def provenance(device):
+    """What produced a result: code, versions and device. The commit is "" outside of a checkout."""
+    here = Path(__file__)
+    git = f"git rev-parse HEAD && git status --porcelain -- {here.name} dataloader"
+    output = subprocess.run(git, shell=True, cwd=here.parent, capture_output=True, text=True).stdout
+    commit, _, changes = output.partition("\n")
+    cpu = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return {
+        "code": digest_of_code(),
+        "commit": commit,
+        "dirty": bool(changes),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+        },
+        "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
+    }
+
+
+def digest_of_code():
+    """Digest of this script, without its docstring, and of the loaders that it imported."""
+    names = sorted(name for name in sys.modules if name.split(".")[0] == "dataloader")
+    files = [__file__, *(sys.modules[name].__file__ for name in names)]
+    script, *loaders = [Path(file).read_text(encoding="utf-8") for file in files]
+    script = script.replace(__doc__, "")
+    return hashlib.sha256("".join([script, *loaders]).encode()).hexdigest()[:16]
+
+
+# 8. Flags: types and checks -----------------------------------------------------------------------
+def changed_flags(args, parser):
+    """{flag: value} of the flags that define the experiment and are not at their defaults.
+
+    One value for all layers is the same as that value for each layer.
+    """
+    changed = {}
+    for flag, value in vars(args).items():
+        default = parser.get_default(flag)
+        if isinstance(value, list) and len(default) == 1:
+            default = default * len(value)
+        if flag not in (*VARIANT, *WHERE) and value != default:
+            changed[flag] = value
+    return changed
+
+
+def name_of_run(prefix, changed):
+    """seed_1 {'lr': 0.02} -> seed_1_lr_0.02, cut where a file system would refuse it."""
+    name = re.sub(r"[^\w.-]+", "_", f"{prefix} {changed}").strip("_")
+    if len(name) <= 120:
+        return name
+    return f"{name[:100]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float in [low, high)."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse says "invalid float value"
+    return convert
+
+
+def folder(text):
+    """An argparse type: the path of a folder, made later if it does not exist; ~ is the home."""
+    path = Path(text).expanduser()
+    existing = next(p for p in [path, *path.absolute().parents] if p.exists())
+    if not existing.is_dir():
+        raise argparse.ArgumentTypeError(f"{existing} is a file, not a folder")
+    return path
+
+
+def usable_device(name):
+    """An argparse type: a torch.device on which this machine can compute."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones(1, device=name).sum().item()  # fails where torch was not built for this GPU
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise argparse.ArgumentTypeError(f"{name} cannot be used: {reason}") from None
+
+
+def check_flags(args, model):
+    """Refuse flags that do not fit the network; give each layer its threshold and n_samples."""
+    layers = projected_layers(model)
+    for flag in "threshold", "n_samples":
+        values = getattr(args, flag)
+        if len(values) not in (1, len(layers)):
+            names = " ".join(layers)
+            fail(f"--{flag} takes one value, or one for each of the {len(layers)} layers {names}")
+        setattr(args, flag, values if len(values) > 1 else values * len(layers))
+
+
+def check_sizes(args, model, tasks):
+    """Refuse flags that do not fit the number of images."""
+    smallest = min(task.n_train for task in tasks)
+    if not 1 < max(args.n_samples) <= smallest:
+        fail(f"--n_samples: the largest must lie between 2 and {smallest}, a task's images")
+    if not any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        return  # BatchNorm2d has many values per channel even in a single image
+    for task in tasks:
+        sizes = {"train": [task.n_train], "test": [task.n_valid, task.n_test]}
+        for part, numbers in sizes.items():
+            batch_size = getattr(args, f"batch_size_{part}")
+            if any((n - 1) % batch_size == 0 for n in numbers):
+                fail(f"--batch_size_{part} {batch_size} leaves a batch of one image of {task.name}")
+
+
+def fail(message, status=2):
+    """End the program with one line: status 2 for wrong input, 1 for a run that went wrong."""
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show ± must not end a run
     try:
         main(parse_args())
     except DataError as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted: the same command goes on from the last checkpoint", status=1)
-    except (OSError, torch.OutOfMemoryError) as error:  # the disk or the GPU is full, say
-        fail(str(error).splitlines()[0], status=1)
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)  # so that a shell loop over seeds ends too
+    except (OSError, RuntimeError) as error:
+        # A full disk, or a full GPU, which cuBLAS and cuDNN report as a plain RuntimeError.
+        if isinstance(error, RuntimeError) and not re.search("out of memory|ALLOC_F", str(error)):
+            raise
+        fail(str(error).partition("\n")[0] or type(error).__name__, status=1)
