@@ -1,14 +1,16 @@
-"""CIFAR-100 Superclass: twenty tasks, each a coarse class of CIFAR-100 with its five fine classes, in one of five orders.
+"""CIFAR-100 Superclass: twenty tasks in one of five orders.
 
-The images of the released code are scrambled: it reads rows of 3x32x32 values as 32x32x3, and 0.07 % of the values land where
-they belong. The paper's number probably rests on these; args.official_data asks for them.
+A task is a coarse class of CIFAR-100 with its five fine classes. The images of the released code
+are scrambled: it reads rows of 3x32x32 values as 32x32x3, so 0.07 % of the values land where they
+belong. The paper's number probably rests on these images; args.official_data asks for them.
 """
+
 import numpy as np
 
 from dataloader.raw import load_raw
 from dataloader.task import Task, canonical_order, normalise, random_split
 
-# The coarse classes in CIFAR-100's order, with their fine labels. The label within a task is the rank of the fine label.
+# The coarse classes in CIFAR-100's order, with their fine labels in ascending order.
 SUPERCLASSES = (
     ("aquatic mammals", (4, 30, 55, 72, 95)),
     ("fish", (1, 32, 67, 73, 91)),
@@ -42,24 +44,33 @@ ORDERS = (
 
 
 def load(data_dir, args):
-    """Return args.n_tasks tasks, inputs (n, 3, 32, 32). Reads args.seed, pc_valid, t_order, official_data. Raises DataError."""
+    """Return args.n_tasks tasks with inputs (n, 3, 32, 32).
+
+    Reads args.seed, args.pc_valid, args.t_order and args.official_data. Raises DataError.
+    """
     raw = load_raw("cifar100", data_dir)
     test_order = canonical_order(raw.x_test, raw.y_test)
+    preprocess = scrambled if args.official_data else to_input
     tasks = []
     for t, superclass in enumerate(ORDERS[args.t_order][: args.n_tasks]):
         name, fine_labels = SUPERCLASSES[superclass]
-        train, valid = random_split(np.flatnonzero(np.isin(raw.y_train, fine_labels)), args.pc_valid, args.seed, t)
+        of_task = np.flatnonzero(np.isin(raw.y_train, fine_labels))
+        train, valid = random_split(of_task, args.pc_valid, args.seed, t)
         test = test_order[np.isin(raw.y_test[test_order], fine_labels)]
-        ranks = raw._replace(y_train=np.searchsorted(fine_labels, raw.y_train), y_test=np.searchsorted(fine_labels, raw.y_test))
-        tasks.append(Task(name, ranks, scrambled if args.official_data else to_input, train, valid, test))
+        within_task = raw._replace(
+            y_train=np.searchsorted(fine_labels, raw.y_train),  # the rank of the fine label
+            y_test=np.searchsorted(fine_labels, raw.y_test),
+        )
+        tasks.append(Task(name, within_task, preprocess, train, valid, test))
     return tasks
 
 
 def to_input(images):
-    """float32 (n, 3, 32, 32) in [0, 1] of uint8 images (n, 32, 32, 3)."""
+    """Scale uint8 images (n, 32, 32, 3) to [0, 1]. Returns float32 (n, 3, 32, 32)."""
     return normalise(images, mean=[0.0], std=[1.0])
 
 
 def scrambled(images):
     """Like to_input, but with the values where the released loader puts them."""
-    return to_input(images.transpose(0, 3, 1, 2).reshape(images.shape))
+    channels_first = images.transpose(0, 3, 1, 2)
+    return to_input(channels_first.reshape(images.shape))
