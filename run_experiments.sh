@@ -147,7 +147,7 @@ PYTHON
 environment() { # FILE...: print the command that activates a Python with all that the files ask for
     satisfied python "$@" && return
     if ! (. .venv/bin/activate && satisfied python "$@") 2>/dev/null; then
-        echo "python lacks some of: $*. Adding it in $PWD/.venv, which is done once." >&2
+        echo "The current Python lacks packages of $*: adding them in $PWD/.venv, once." >&2
         make_environment "$@" >&2 ||
             fail 1 "$PWD/.venv is incomplete, see above: try again, at last without that folder"
     fi
