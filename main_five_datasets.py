@@ -264,10 +264,12 @@ def layer_inputs(model, x, task):
             inputs[name].append(args[0])
 
         hooks.append(layer.register_forward_pre_hook(keep))
-    model.eval()
-    model(x, task)
-    for hook in hooks:
-        hook.remove()
+    try:
+        model.eval()
+        model(x, task)
+    finally:
+        for hook in hooks:
+            hook.remove()
     if not any(inputs.values()):
         raise RuntimeError("no layer was called: pass the model itself, not torch.compile's")
     return inputs
@@ -579,11 +581,12 @@ class Run:
         if origin not in origins and not results["finished"]:
             origins.append(origin)
         position = f"from task {progress.task + 1}, epoch {progress.epoch + 1}"
+        names = [re.sub(r"\.\d+$", ".*", name) for name in unprotected_layers(self.model)]
         print(
             f"{self.folder}: {self.args.changed or 'default flags'}, "
             f"{'finished' if results['finished'] else position}\n"
             f"{time.strftime('%Y-%m-%d %H:%M')} on {platform.node()}, {origin['device']['name']}\n"
-            f"without a basis: {', '.join(unprotected_layers(self.model)) or 'no layer'}",
+            f"without a basis: {', '.join(dict.fromkeys(names)) or 'no layer'}",
             flush=True,
         )
 
