@@ -81,8 +81,10 @@ TEST_IMAGES = {
 }
 SLACK = 0.01
 
-# Results of the first form name a commit instead of their code. The scripts of these commits gave
-# the same accuracies and ranks on short runs of Superclass (2 tasks, 5 epochs), so they are one.
+# Results of the first form name a commit instead of their code. The scripts of these commits
+# compute the same up to rounding, so they count as one. Short runs of Superclass (order 0, 2 tasks,
+# 5 epochs, 1 thread) gave equal accuracies and ranks, except for those of 8e7ef98: it differs from
+# the others by up to 6 of 500 test images and a rank of 1, as much as a second thread changes.
 EQUAL_COMMITS = ("8e7ef98", "298a7fa", "9ef8d34", "d9aae29", "28ae65a", "06bcea0")
 # Runs of the first form drew their validation batches once. With BatchNorm that matters.
 BATCHNORM = ("cifar100", "five_datasets")
@@ -878,7 +880,7 @@ CSV_COLUMNS = (
     "run",
     "seed",
     "order",
-    "flags",
+    "setting",  # "flags" would be an attribute of a pandas.DataFrame
     "trained_task",
     "tested_task",
     "accuracy",
@@ -893,8 +895,8 @@ def csv_report(own, reference):
     writer.writerow(CSV_COLUMNS)
     for collection in reference, own:
         for run in itertools.chain(*collection.groups, *collection.sweep):
-            flags = " ".join(run.differences)
-            start = [run.benchmark, run.script, run.place, run.seed, run.order, flags]
+            words = " ".join(run.differences) or "as published"
+            start = [run.benchmark, run.script, run.place, run.seed, run.order, words]
             for t, u in zip(*np.tril_indices(len(run.acc)), strict=True):
                 writer.writerow([*start, t + 1, u + 1, f"{run.acc[t, u]:g}", run.code])
     return text.getvalue()
@@ -960,6 +962,10 @@ def draw_run(run):
     return figure
 
 
+NUMBERED = ("GPM", "without projection")  # lines whose last ACC is written beside them
+METHOD_COLORS = ("tab:orange", "tab:purple", "tab:red", "tab:brown")
+
+
 def lines_of(row, own, reference):
     """[(label, runs, style)] of a row's panel, from bottom to top."""
     without = [
@@ -975,8 +981,9 @@ def lines_of(row, own, reference):
         ("GPM", largest(reference.published(row)), {"color": "tab:blue", "marker": "o"}),
         ("GPM, trained here", largest(own.published(row)), {"color": "tab:green", "marker": "^"}),
     ]
-    for group in methods:
-        lines.append((group[0].script.removeprefix("main_"), group, {"marker": "v"}))
+    for group, color in zip(methods, itertools.cycle(METHOD_COLORS), strict=False):
+        style = {"color": color, "marker": "v"}
+        lines.append((group[0].script.removeprefix("main_"), group, style))
     return [line for line in lines if line[1]]
 
 
@@ -991,8 +998,10 @@ def draw_panel(panel, row, lines):
             spread = curves.std(axis=0, ddof=1)
             band = {"alpha": 0.2, "color": line.get_color(), "linewidth": 0}
             panel.fill_between(tasks, mean - spread, mean + spread, **band)
-        beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
-        panel.annotate(f"{mean[-1]:.1f}", (tasks[-1], mean[-1]), color=line.get_color(), **beside)
+        if label in NUMBERED:
+            style = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            end = tasks[-1], mean[-1]
+            panel.annotate(f"{mean[-1]:.1f}", end, color=line.get_color(), **style)
     if row.ACC is not None:
         style = {"fmt": "D", "color": "black", "capsize": 3, "zorder": 5, "markersize": 5}
         panel.errorbar(tasks[-1], row.ACC, row.deviation, label="GPM, paper", **style)
@@ -1013,10 +1022,10 @@ def draw_results(own, reference):
     n_columns = min(3, len(contents))
     n_rows = math.ceil(len(contents) / n_columns)
     figure = new_figure(4 * n_columns, 3.3 * n_rows)
-    panels = figure.subplots(n_rows, n_columns, squeeze=False).flat
+    panels = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
     for panel, (row, lines) in zip(panels, contents, strict=False):
         draw_panel(panel, row, lines)
-    for panel in list(panels)[len(contents) :]:
+    for panel in panels[len(contents) :]:
         panel.set_axis_off()
     figure.supylabel("ACC on these tasks (%)", fontsize="medium")
     add_legend(figure)

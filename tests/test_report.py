@@ -601,7 +601,7 @@ def test_csv_has_each_accuracy_of_the_runs_that_count(models, capsys):
         "run": "reference/pmnist/2",
         "seed": "2",
         "order": "",
-        "flags": "",
+        "setting": "as published",
         "trained_task": "2",
         "tested_task": "1",
         "accuracy": "93",
@@ -609,8 +609,8 @@ def test_csv_has_each_accuracy_of_the_runs_that_count(models, capsys):
     }
     curve = [float(line["accuracy"]) for line in first if line["tested_task"] == "4"]
     assert curve == [96] + [93] * 6
-    flags = {line["run"]: line["flags"] for line in lines}
-    assert flags["pmnist/3"] == "--lr 0.02 --n_samples 1 2 3"
+    settings = {line["run"]: line["setting"] for line in lines}
+    assert settings["pmnist/3"] == "--lr 0.02 --n_samples 1 2 3"
     assert {line["order"] for line in lines} == {"", "4"}
 
 
