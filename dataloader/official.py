@@ -13,6 +13,7 @@ import pickle
 import tarfile
 import zipfile
 from collections.abc import Callable
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -39,28 +40,34 @@ def read_official(name, data_dir):
     """
     release = RELEASES[name]
     found = locate(name, data_dir)
-    arrays = []
-    for file, expected in release.files.items():
+    for file in release.files:
         if file not in found:
             missing = f"{data_dir / file} is missing, unlike other files of {name}"
             raise DataError(f"{missing}: put it there, or delete those")
-        with refusing(found[file]):
-            content = unpacked(found[file], file)
-            digest = release.digest(content)
-            if digest != expected:
-                raise ValueError(f"its digest is {digest}, that of the released file {expected}")
-            arrays += release.read(content)
+    arrays = []
+    for path, files in groupby(release.files, found.get):  # an archive is unpacked once
+        with refusing(path):
+            for file, content in unpacked(path, files):
+                digest, expected = release.digest(content), release.files[file]
+                if digest != expected:
+                    raise ValueError(f"its digest is {digest}, that of {file} {expected}")
+                arrays += release.read(content)
     *train, x_test, y_test = arrays
     return [np.concatenate(train[0::2]), np.concatenate(train[1::2]), x_test, y_test]
 
 
-def unpacked(path, file):
-    """The content of the file, where path is the file or its archive."""
-    if path.name.endswith(".tar.gz"):
-        with tarfile.open(path) as archive:
-            return archive.extractfile(file).read()
+def unpacked(path, files):
+    """Yield (file, content) for each of the files. path: the file, or the archive with all."""
     content = path.read_bytes()
-    return gzip.decompress(content) if path.suffix == ".gz" else content
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    if path.name.endswith(".tar.gz"):
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            for file in files:
+                yield file, archive.extractfile(file).read()
+    else:
+        (file,) = files
+        yield file, content
 
 
 def md5(content):
