@@ -66,7 +66,7 @@ WIDTHS = {  # d of each projected layer
 SAMPLES = ("seed", "t_order")  # flags that choose one of the runs of a row
 CHOICES = (*SAMPLES, "official_data")  # flags that choose one of the published runs
 
-# Test images per task. Of notMNIST's released file the numbers are known roughly.
+# Test images per task
 TEST_IMAGES = {
     "pmnist": {"mnist": 10_000},
     "cifar100": {"cifar100": 1_000},
@@ -79,7 +79,7 @@ TEST_IMAGES = {
         "notmnist": 1_873,
     },
 }
-SLACK = 0.01
+SLACK = 0.01  # for notMNIST, the size of whose released file is known roughly
 
 # Results of the first form name a commit instead of their code. The scripts of these commits
 # compute the same up to rounding, so they count as one. Short runs of Superclass (order 0, 2 tasks,

@@ -550,10 +550,10 @@ def test_a_file_that_is_no_result_is_named_and_skipped(models, capsys, content):
 def write_sweep(models):
     """Two values of eps with two seeds each, one of n_s, and a run that is of no sweep."""
     sweep = "reference/sweep/pmnist"
-    for eps in 0.9, 0.5:
+    for name, eps in ("a", 0.9), ("b", 0.5):  # not in order of eps
         for seed in 1, 2:
             flags = {"threshold": [eps] * 3, "seed": seed, "ACC": 100 * eps + seed}
-            write(models, f"{sweep}/{eps}_{seed}", results(**flags))
+            write(models, f"{sweep}/{name}_{seed}", results(**flags))
     write(models, f"{sweep}/n_10", results(n_samples=[10], ACC=80))
     write(models, f"{sweep}/both", results(n_samples=[10], threshold=[0.7]))
 
@@ -665,8 +665,12 @@ def test_figure_of_the_results(models):
     assert superclass.get_title() == "CIFAR-100 Superclass, correct images"
 
 
-def test_figure_of_a_run(models):
-    write(models, "five_datasets/1", ACC=90, BWT=-5.0)
+@pytest.mark.parametrize("form", [1, 2])
+def test_figure_of_a_run(models, form):
+    contents = first_form("five_datasets", "1111111", ACC=90, BWT=-5.0)
+    if form == 2:
+        contents = results("five_datasets", ACC=90, BWT=-5.0)
+    write(models, "five_datasets/1", contents)
     own, _ = collections(models)
     image, means, ranks, _ = report.draw_run(own.runs[0]).axes
     shown = image.images[0].get_array().filled(-1)
@@ -720,6 +724,29 @@ def test_any_suffix_of_matplotlib(models, capsys, suffix, start):
     run_report(capsys, models, "--figure", figure)
     assert figure.read_bytes().startswith(start)
     assert not list(models.glob("*.part"))
+
+
+# What belongs to the repository -------------------------------------------------------------------
+def test_git_keeps_the_results_of_the_reference_only():
+    ignored = [
+        "models/pmnist/seed_2/results.json",
+        "models/pmnist_mine/seed_2/accuracy.png",
+        "models/quick/pmnist/seed_2/results.json",
+        "models/logs/main_pmnist.txt",
+        "models/reference/pmnist/seed_2/checkpoint.pt",
+        "models/reference/pmnist/seed_2/lock",
+    ]
+    kept = [
+        "models/report.py",
+        "models/reference/results.png",
+        "models/reference/pmnist/seed_99/results.json",
+        "models/reference/sweep/pmnist/seed_99/results.json",
+    ]
+    command = ["git", "check-ignore", "--no-index", *ignored, *kept]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert done.stdout.split() == ignored
 
 
 # As a program -------------------------------------------------------------------------------------
