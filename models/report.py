@@ -548,7 +548,7 @@ def gpm_of_same_seeds(method, own, reference):
     """
     wanted = {run.sample for run in method}
     row = row_of(method)
-    for collection, origin in (own, "here"), (reference, "reference"):
+    for collection, origin in (own, "trained here"), (reference, "reference"):
         matches = [
             [run for run in group if run.sample in wanted] for group in collection.published(row)
         ]
@@ -720,12 +720,18 @@ def methods_table(own, reference):
 def others_table(own, reference):
     """Runs of the scripts that are not of the published protocol."""
     rows = []
-    for collection, origin in (reference, "reference"), (own, "here"):
+    for collection, origin in (reference, "reference"), (own, "trained here"):
         groups = [g for g in collection.groups if g[0].differences and not g[0].own]
         groups.sort(key=lambda group: BENCHMARKS.index(group[0].benchmark))
         rows += [row | {"From": origin} for row in describe_all(groups)]
     columns = ("Benchmark", "Not as published", "From", *COLUMNS[2:4], *COLUMNS[-2:])
-    return Table("Other settings", columns, rows)
+    below = []
+    if any("`--threshold 0`" in row["Not as published"] for row in rows):
+        below.append(
+            "- `--threshold 0`: without projection, but with GPM's hyperparameters and with "
+            "BatchNorm frozen after the first task: a lower bound of what plain SGD can do."
+        )
+    return Table("Other settings", columns, rows, below)
 
 
 def first_task_table(reference):

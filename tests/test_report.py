@@ -307,6 +307,15 @@ def test_how_differences_are_printed(models, capsys):
     ]
 
 
+def test_runs_without_projection_are_called_a_lower_bound(models, capsys):
+    write(models, "pmnist/1", lr=0.02)
+    assert "lower bound" not in run_report(capsys, models)
+    write(models, "reference/pmnist/2", results(threshold=[0.0]))
+    text = run_report(capsys, models)
+    assert column(text, "Other settings", "From") == ["reference", "trained here"]
+    assert "a lower bound of what plain SGD can do." in text
+
+
 def test_forms_of_one_setting_are_averaged(models, capsys):
     write(models, "reference/pmnist/1", seed=1, n_samples=[300], ACC=92)
     write(models, "reference/pmnist/2", seed=2, n_samples=[300, 300, 300], ACC=94)
@@ -444,7 +453,7 @@ def test_a_method_of_ones_own_beside_own_runs_of_gpm(models, capsys):
     write(models, "pmnist/seed_2", ACC=93.7)
     write(models, "pmnist_mine/seed_2", mine(2, 93.0, changed={"alpha": 2}))
     row = rows(run_report(capsys, models), "Own methods")[0]
-    assert row["GPM, same seeds"] == "93.70 / -3.00 (1 seed), here"
+    assert row["GPM, same seeds"] == "93.70 / -3.00 (1 seed), trained here"
     assert row["Difference"] == "-0.70"
     assert "alpha" in row["Not as published"]
 
