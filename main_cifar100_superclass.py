@@ -20,14 +20,15 @@ unchanged. GPM keeps an orthonormal basis M (d, r) of those inputs for each laye
                       the new M holds a share eps: ||M^T R||^2 >= eps ||R||^2     (Eq. 9)
     on the next task  G <- G - G M M^T before each step of SGD                    (Eq. 6-7)
 
-The first task starts from an empty M, for which Eq. 8-9 are Eq. 5.
+The first task starts from an empty M, for which Eq. 8-9 are Eq. 5. (||.|| is the Frobenius norm.)
 
 --official_data: the released loader reads rows of 3 x 32 x 32 values as images of 32 x 32 x 3, so
 that 0.07 % of the values land where they belong. The paper's 57.72, and the numbers that other
 papers set beside it, probably rest on such images. Without the flag they are decoded correctly.
 
-Changes relative to main_cifar100.py: LeNet in place of AlexNet; --t_order and --official_data;
-defaults of the flags.
+Changes relative to main_cifar100.py: LeNet in place of AlexNet, with a LocalResponseNorm that is
+fast on a CPU, and the initialisation of He et al.; --t_order and --official_data, also listed in
+VARIANT; defaults of the flags.
 """
 
 # 1. Imports ---------------------------------------------------------------------------------------
@@ -59,23 +60,25 @@ from dataloader.raw import DataError
 N_TASKS = 20
 PAPER = {"ACC": "57.72, mean over 5 orders", "BWT": "not given"}
 SAVE_SECONDS = 30  # a killed run loses at most this much, or one epoch if that takes longer
-WHERE = ("device", "data_dir", "models_dir", "run_name")  # flags that do not define the experiment
+WHERE = ("device", "data_dir", "models_dir", "run_name")  # flags that do not change the experiment
 VARIANT = ("seed", "t_order", "official_data")  # flags that choose one of the published runs
 
 
 def parse_args(argv=None):
-    """Read the flags. Defaults are the published protocol; invalid values exit with status 2."""
+    """Read the flags. Defaults are the published protocol, but for --official_data."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.error = fail  # one line, without the usage
     add = parser.add_argument
+    # report() takes these defaults for the paper's: change a flag, not its default, to experiment
     # fmt: off
     add("--seed", type=number(int, 0, 2**32), default=1, help="seeds weights, split and batches")
     add("--n_epochs", type=number(int, 1), default=50, help="maximum number of epochs per task")
     add("--batch_size_train", type=number(int, 1), default=64, help="images per training step")
-    add("--batch_size_test", type=number(int, 1), default=64, help="images per batch in evaluation")
-    add("--pc_valid", type=number(float, 1e-6, 1), default=0.05, help="fraction held out")
+    add("--batch_size_test", type=number(int, 1), default=64, help="images per test batch")
+    add("--pc_valid", type=number(float, 1e-6, 1), default=0.05,
+        help="fraction of the training images that is held out for validation")
     add("--lr", type=number(float, 1e-9), default=0.01, help="learning rate at the start of a task")
     add("--momentum", type=number(float, 0, 1), default=0.0, help="momentum of SGD")
     add("--lr_min", type=number(float, 1e-9), default=1e-5, help="a task ends once lr is below")
@@ -84,7 +87,8 @@ def parse_args(argv=None):
     add("--lr_factor", type=number(float, 1), default=2.0, help="lr is divided by this")
     add("--threshold", type=number(float, 0, 1), nargs="+", default=[0.98],
         help="eps on the first task, one value or one per layer; 0: no projection")
-    add("--threshold_increment", type=number(float, 0, 1), default=0.001, help="added per task")
+    add("--threshold_increment", type=number(float, 0, 1), default=0.001,
+        help="added to eps on each further task")
     add("--n_samples", type=number(int, 1), nargs="+", default=[24, 100, 125, 125],
         help="training images from which R is computed, one value or one per layer")
     add("--n_tasks", type=number(int, 1, N_TASKS + 1), default=N_TASKS, help="first n tasks")
@@ -93,7 +97,7 @@ def parse_args(argv=None):
     add("--device", type=usable_device, default="auto", help="auto: cuda if usable, else cpu")
     add("--data_dir", type=folder, default="data", help="where data sets are cached")
     add("--models_dir", type=folder, default="models", help="where runs are kept")
-    add("--run_name", help="name of that folder; default: seed, order and changed flags")
+    add("--run_name", help="name of the run's folder; None: seed, order and changed flags")
     # fmt: on
     args = parser.parse_args(argv)
     if args.lr_min > args.lr:
@@ -114,8 +118,11 @@ def thresholds(args, task):
 # 3. Gradient projection memory --------------------------------------------------------------------
 # The layers below keep their own basis and project their own gradient. A network is protected by
 # building it from them; layers that must stay free, such as the task heads, are plain nn.Linear.
-# This holds for SGD, with momentum only if each task gets a new optimizer. Adam and weight decay
-# would move the weights outside of the projected gradients.
+#
+# To use it elsewhere: train each task with a new SGD optimizer, then call update_bases; before the
+# second task call freeze_batchnorm. Adam and weight decay would also move the weights in protected
+# directions. Call the layers as modules: F.linear(x, layer.weight) would bypass the projection.
+# Switch TF32 off, whose rounding errors are large enough to change old outputs.
 
 
 def project(G, M):
@@ -126,8 +133,8 @@ def project(G, M):
 class Projected(nn.Module):
     """Mixin before nn.Linear or nn.Conv2d: a layer without bias that keeps a basis M (d, r).
 
-    M: orthonormal directions of old tasks' inputs. It starts empty, and then projects nothing. It
-    is saved as extra state, since load_state_dict refuses a buffer whose shape has changed.
+    M: orthonormal directions of old tasks' inputs. While it is empty, nothing is projected. It is
+    saved as extra state, since load_state_dict refuses a buffer whose shape has changed.
     """
 
     def __init__(self, *args):
@@ -159,8 +166,9 @@ class ProjectedLinear(Projected, nn.Linear):
 class LinearWithProjectedInput(torch.autograd.Function):
     """y = x W^T. W receives delta^T (x - x M M^T), where delta is the gradient of y.
 
-    With samples as rows G = delta^T x (Eq. 2), so this equals G - G M M^T, but it projects one row
-    per sample (64) instead of one per output (2048): a late step takes less than half the time.
+    With samples as rows G = delta^T x (Eq. 2), so this equals G - G M M^T, as for a convolution
+    below, but it projects one row per sample (64) instead of one per output (2048). On the last
+    tasks, where M is large, a step takes less than half the time.
     """
 
     @staticmethod
@@ -204,7 +212,7 @@ class WeightWithProjectedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, W, M):
         ctx.save_for_backward(M)
-        return W.view_as(W)  # a view, because autograd wants a new tensor
+        return W.view_as(W)  # a new tensor, as autograd needs it, without a copy
 
     @staticmethod
     def backward(ctx, G):
@@ -214,23 +222,28 @@ class WeightWithProjectedGradient(torch.autograd.Function):
 
 def projected_layers(model):
     """The layers that keep a basis, {name: layer}, in the order of the network's definition."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, Projected)}
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, Projected)}
 
 
 def unprotected_layers(model):
-    """Names of the modules with parameters of their own and no basis, but for BatchNorm."""
-    others = (Projected, nn.BatchNorm1d, nn.BatchNorm2d)
-    return [
-        name
-        for name, module in model.named_modules()
-        if not isinstance(module, others) and any(True for _ in module.parameters(recurse=False))
-    ]
+    """Names of the modules whose own parameters or running statistics are free to change.
+
+    BatchNorm without running statistics is not among them: freeze_batchnorm takes care of it.
+    """
+    names = []
+    for name, module in model.named_modules():
+        batchnorm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
+        protected = isinstance(module, Projected) or (batchnorm and module.running_mean is None)
+        if not protected and any(True for _ in module.parameters(recurse=False)):
+            names.append(name or "the model itself")
+    return names
 
 
 def update_basis(M, R, eps):
     """Append to M (d, r) the fewest directions that keep a share eps of R's energy (Eq. 8-9).
 
-    R: (d, n). Computed in float64 on the CPU. eps = 0 appends nothing.
+    R: (d, n). Its energy is ||R||^2. Computed in float64 on the CPU. eps = 0 appends nothing.
     """
     basis, R = M.cpu().double(), R.cpu().double()
     R = torch.linalg.qr(R.T, mode="r").R.T  # the same U and S, but at most d columns
@@ -264,8 +277,8 @@ def layer_inputs(model, x, task):
     for name, layer in projected_layers(model).items():
         inputs[name] = []
 
-        def keep(layer, args, name=name):
-            inputs[name].append(args[0])
+        def keep(_, args, name=name):
+            inputs[name].append(args[0].clone())  # the network may go on to change it in place
 
         hooks.append(layer.register_forward_pre_hook(keep))
     try:
@@ -284,7 +297,7 @@ def update_bases(model, task, x, eps, n_samples):
 
     eps, n_samples: one value per layer; ValueError if there are more or fewer. All layers see the
     same random images, of which each uses its first n_samples. A layer that the task does not call
-    keeps its basis.
+    keeps its basis. Leaves the model in eval mode.
     """
     layers = projected_layers(model)
     if not len(eps) == len(n_samples) == len(layers):
@@ -298,13 +311,42 @@ def update_bases(model, task, x, eps, n_samples):
 
 
 def freeze_batchnorm(model):
-    """Stop training the scale and shift of BatchNorm: they are learned on the first task only."""
+    """Stop training the scale and shift of BatchNorm: they are learned on the first task only.
+
+    Running statistics would still change: build it with track_running_stats=False.
+    """
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.requires_grad_(False)
 
 
 # 4. Network ---------------------------------------------------------------------------------------
+class LeNet(nn.Module):
+    """LeNet-like network without biases and with one head per task."""
+
+    def __init__(self, n_tasks, n_classes):
+        super().__init__()
+        self.conv1 = ProjectedConv2d(3, 20, 5, padding=2)
+        self.lrn1 = LocalResponseNorm(20)
+        self.conv2 = ProjectedConv2d(20, 50, 5, padding=2)
+        self.lrn2 = LocalResponseNorm(50)
+        self.fc1 = ProjectedLinear(3200, 800)
+        self.fc2 = ProjectedLinear(800, 500)
+        self.heads = nn.ModuleList(nn.Linear(500, n_classes, bias=False) for _ in range(n_tasks))
+        for W in self.parameters():
+            nn.init.kaiming_uniform_(W, mode="fan_in", nonlinearity="relu")
+
+    def forward(self, x, task):
+        """Logits (B, n_classes) of the task's head for images x (B, 3, 32, 32)."""
+        x = self.lrn1(F.relu(self.conv1(x)))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)  # (B, 20, 16, 16)
+        x = self.lrn2(F.relu(self.conv2(x)))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)  # (B, 50, 8, 8)
+        x = F.relu(self.fc1(x.flatten(1)))  # (B, 800)
+        x = F.relu(self.fc2(x))  # (B, 500)
+        return self.heads[task](x)
+
+
 class LocalResponseNorm(nn.Module):
     """nn.LocalResponseNorm(4, alpha=.001/9, beta=.75, k=1) for a fixed number of channels.
 
@@ -346,34 +388,11 @@ class DivideByPower(torch.autograd.Function):
         return gp.addcmul_(x, through_s, value=-1.5), None, None
 
 
-class LeNet(nn.Module):
-    """LeNet-like network without biases and with one head per task."""
-
-    def __init__(self, n_tasks, n_classes):
-        super().__init__()
-        self.conv1 = ProjectedConv2d(3, 20, 5, padding=2)
-        self.lrn1 = LocalResponseNorm(20)
-        self.conv2 = ProjectedConv2d(20, 50, 5, padding=2)
-        self.lrn2 = LocalResponseNorm(50)
-        self.fc1 = ProjectedLinear(3200, 800)
-        self.fc2 = ProjectedLinear(800, 500)
-        self.heads = nn.ModuleList(nn.Linear(500, n_classes, bias=False) for _ in range(n_tasks))
-        for W in self.parameters():
-            nn.init.kaiming_uniform_(W, mode="fan_in", nonlinearity="relu")
-
-    def forward(self, x, task):
-        """Logits (B, n_classes) of the task's head for images x (B, 3, 32, 32)."""
-        x = self.lrn1(F.relu(self.conv1(x)))
-        x = F.max_pool2d(x, 3, stride=2, padding=1)  # (B, 20, 16, 16)
-        x = self.lrn2(F.relu(self.conv2(x)))
-        x = F.max_pool2d(x, 3, stride=2, padding=1)  # (B, 50, 8, 8)
-        x = F.relu(self.fc1(x.flatten(1)))  # (B, 800)
-        x = F.relu(self.fc2(x))  # (B, 500)
-        return self.heads[task](x)
-
-
 def build_model(args):
-    """The network with the initialisation of He et al. and all heads, whatever --n_tasks says."""
+    """The network with the initialisation of He et al. for ReLU, heads included.
+
+    It has all heads, so that the weights of a seed do not depend on --n_tasks.
+    """
     return LeNet(n_tasks=N_TASKS, n_classes=5)
 
 
@@ -418,8 +437,8 @@ class Progress:
 def train_task(model, train, valid, args, progress, end_epoch):
     """Learn one task. The network is left with the weights of the lowest validation loss.
 
-    After lr_patience epochs without a lower one lr is divided by lr_factor; the task ends when lr
-    falls below lr_min. With lr_patience 0 lr is constant and the last weights are kept.
+    After lr_patience epochs without a lower one, lr is divided by lr_factor; the task ends when lr
+    falls below lr_min. With lr_patience 0, lr is constant and the last weights are kept.
     train, valid: (x, y). progress: where to begin; it is kept up to date. end_epoch: called after
     each epoch with lr, train loss, validation loss and accuracy, and seconds.
     """
@@ -431,8 +450,8 @@ def train_task(model, train, valid, args, progress, end_epoch):
         optimizer.param_groups[0]["lr"] = lr
         loss = train_epoch(model, progress.task, *train, optimizer, args.batch_size_train)
         progress.epoch += 1
-        fresh = shuffled(valid, args.seed, progress.task, progress.epoch)
-        valid_loss, accuracy = evaluate(model, progress.task, *fresh, args.batch_size_test)
+        mixed = shuffled(valid, args.seed, progress.task, progress.epoch)
+        valid_loss, accuracy = evaluate(model, progress.task, *mixed, args.batch_size_test)
         if not math.isfinite(loss + valid_loss):
             fail(f"the loss became {loss + valid_loss}: try an --lr below {args.lr}", status=1)
         if valid_loss < progress.best_loss or args.lr_patience == 0:
@@ -452,7 +471,7 @@ def shuffled(part, *seed):
     """Images and labels in random order, drawn independently of the training's random numbers.
 
     With BatchNorm the validation loss depends on which images share a batch. As in the released
-    code, each epoch draws the batches anew; with fixed ones other epochs would be selected.
+    code, each epoch draws the batches anew. With fixed batches another epoch would be the best.
     """
     x, y = part
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x))).to(x.device)
@@ -462,7 +481,7 @@ def shuffled(part, *seed):
 def average_accuracy(acc):
     """ACC: mean over u of acc[T, u]. acc (T, T): accuracy on task u (column) after task t (row).
 
-    Where task u was not learned yet (u > t), acc is None.
+    Where task u has not been learned yet (u > t), acc is None.
     """
     return float(np.mean(np.array(acc, dtype=float)[-1]))
 
@@ -483,7 +502,7 @@ def main(args):
     on_cpu = args.device.type == "cpu"
     layout = torch.channels_last if on_cpu else torch.preserve_format  # a fifth faster on a CPU
     model = build_model(args).to(args.device, memory_format=layout)
-    check_flags(args, model)
+    values_per_layer(args, model)
     tasks = benchmark.load(args.data_dir, args)
     check_sizes(args, model, tasks)
 
@@ -564,7 +583,7 @@ class Run:
         self.lock.release()
 
     def resume(self):
-        """Continue from the checkpoint. Refuses one of other arguments, data or network."""
+        """Continue from the checkpoint, unless it has different arguments, data or network."""
         path = self.folder / "checkpoint.pt"
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -575,13 +594,14 @@ class Run:
             if part == "data":  # the same images may come from another place
                 here, there = digests(here), digests(there)
             if here != there:
-                other = f"other {part} ({differences(there, here)})"
-                fail(f"{self.folder} holds a run with {other}: choose another --run_name")
+                change = f"different {part} ({differences(there, here)})"
+                fail(f"{self.folder} holds a run with {change}: choose another --run_name")
         try:
             self.model.load_state_dict(saved["model"])
         except RuntimeError as error:
             reason = " ".join(str(error).split()[:20])
-            fail(f"{self.folder} holds another network ({reason} ...): choose another --run_name")
+            change = f"a different network ({reason} ...)"
+            fail(f"{self.folder} holds a run with {change}: choose another --run_name")
         self.results = saved["results"]
         self.progress = Progress(**saved["progress"])
         generators = random_generators(self.args.device)
@@ -589,13 +609,11 @@ class Run:
             generator.set_state(state)
 
     def announce(self):
-        """Print what is going to happen, and note what this process works with."""
+        """Print what is going to happen, and record what this process works with."""
         results, progress = self.results, self.progress
         origin, origins = provenance(self.args.device), results["origins"]
         if any(other["code"] != origin["code"] for other in origins):
-            print(
-                "note: this run began with other code; --run_name starts a new one with this code"
-            )
+            print("note: this run began with different code: to run this code, choose a --run_name")
         if origin not in origins and not results["finished"]:
             origins.append(origin)
         position = f"from task {progress.task + 1}, epoch {progress.epoch + 1}"
@@ -668,10 +686,13 @@ class Run:
         reasons = [f"--{flag}" for flag in self.args.changed]
         data = self.results["data"].values()
         reasons += sorted({f"incomplete {part['set']}" for part in data if not part["complete"]})
-        if not getattr(self.args, "official_data", True):
+        if not getattr(self.args, "official_data", True):  # a flag of two of the scripts
             reasons.append("no --official_data")
-        if any(origin["dirty"] for origin in self.results["origins"]):
-            reasons.append("uncommitted changes of the code")
+        origins = self.results["origins"]
+        if any(origin["dirty"] or not origin["commit"] for origin in origins):
+            reasons.append("uncommitted code")
+        if len({origin["code"] for origin in origins}) > 1:
+            reasons.append("code that changed during the run")
         if reasons:
             print("not comparable with the paper:", ", ".join(reasons))
         for metric in "ACC", "BWT":
@@ -697,7 +718,7 @@ def write(path, content):
         part.write_bytes(content)
         part.replace(path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk has no name
+        raise OSError(error.errno, error.strerror, str(path)) from error  # with the file's name
 
 
 def random_generators(device):
@@ -708,7 +729,7 @@ def random_generators(device):
 
 
 def provenance(device):
-    """What produced a result: code, versions and device. The commit is "" outside of a checkout."""
+    """What produced a result: code, versions and device. The commit is "" outside a checkout."""
     here = Path(__file__)
     git = f"git rev-parse HEAD && git status --porcelain -- {here.name} dataloader"
     output = subprocess.run(git, shell=True, cwd=here.parent, capture_output=True, text=True).stdout
@@ -729,7 +750,10 @@ def provenance(device):
 
 
 def digest_of_code():
-    """Digest of this script, without its docstring, and of the loaders that it imported."""
+    """Digest of the loaders that this script imported and of itself, but for its docstring.
+
+    The docstring reports what was measured, which changes after a run.
+    """
     names = sorted(name for name in sys.modules if name.split(".")[0] == "dataloader")
     files = [__file__, *(sys.modules[name].__file__ for name in names)]
     script, *loaders = [Path(file).read_text(encoding="utf-8") for file in files]
@@ -795,8 +819,8 @@ def usable_device(name):
         raise argparse.ArgumentTypeError(f"{name} cannot be used: {reason}") from None
 
 
-def check_flags(args, model):
-    """Refuse flags that do not fit the network; give each layer its threshold and n_samples."""
+def values_per_layer(args, model):
+    """Give each layer its threshold and n_samples. Refuses a number of values that does not fit."""
     layers = projected_layers(model)
     for flag in "threshold", "n_samples":
         values = getattr(args, flag)
