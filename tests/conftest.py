@@ -1,4 +1,8 @@
-"""The scripts can be imported however pytest is started. One thread: for networks this small more of them only wait."""
+"""The scripts can be imported however pytest is started.
+
+Tests run on one thread: for networks this small further threads would only wait.
+"""
+
 import sys
 from pathlib import Path
 
