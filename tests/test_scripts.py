@@ -1,75 +1,43 @@
-"""The scripts end to end: their real main on small files, killed, resumed, refused, given wrong input."""
-import fcntl
-import importlib
+"""Whole runs of the scripts on small files: results, output, names of runs."""
+
 import json
-import os
+import platform
 import re
-import runpy
-import signal
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from bench import ROOT, SHORT, Bench, load_script, results_of
+from data_files import write_own_files
 
-from data_files import small_arrays, write_npz, write_own_files
+from dataloader import raw
 
-ROOT = Path(__file__).parents[1]
-# name of the script: (data sets, images in the small files of each, flags that make a run short)
-SHORT = {
-    "main_pmnist": (["mnist"], (300, 60), "--n_tasks 2 --n_epochs 2 --n_samples 30"),
-    "main_cifar100": (["cifar100"], (2000, 400), "--n_tasks 2 --n_epochs 2 --n_samples 6"),
-    "main_cifar100_superclass": (["cifar100"], (2000, 400), "--n_tasks 3 --n_epochs 2 --n_samples 6"),
-    "main_five_datasets": (["cifar10", "mnist", "svhn", "fashion_mnist", "notmnist"], (80, 30),
-                           "--n_tasks 2 --n_epochs 2 --n_samples 6"),
-}
-
-
-class Bench:
-    """One script with small data in a folder of its own."""
-
-    def __init__(self, name, folder):
-        self.script, self.folder = importlib.import_module(name), folder
-        sets, sizes, self.short = SHORT[name]
-        self.arrays = {name: small_arrays(name, *sizes) for name in sets}
-        (folder / "data").mkdir()
-        for name, arrays in self.arrays.items():
-            write_npz(folder / "data", name, arrays)
-
-    def flags(self, *more, models="models"):
-        return [*self.short.split(), "--run_name", "short", "--device", "cpu", "--data_dir", str(self.folder / "data"),
-                "--models_dir", str(self.folder / models), *more]
-
-    def run(self, *more, models="models"):
-        """Run main; returns the run's folder."""
-        args = self.script.parse_args(self.flags(*more, models=models))
-        self.script.main(args)
-        return self.run_folder(args.run_name, models)
-
-    def run_folder(self, run_name="short", models="models"):
-        return self.folder / models / self.script.__name__.removeprefix("main_") / run_name
-
-    def process(self, *more, models="models"):
-        """Start the script in a process of its own."""
-        command = [sys.executable, str(ROOT / f"{self.script.__name__}.py"), *self.flags(*more, models=models)]
-        return subprocess.Popen(command, cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    def program(self, *more, monkeypatch):
-        """Run the script as python does, with what it does about exceptions, but in this process."""
-        monkeypatch.setattr(sys, "argv", [str(ROOT / f"{self.script.__name__}.py"), *self.flags(*more)])
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
-    def stopped(self, monkeypatch, *more, models="models"):
-        """Run main, with a checkpoint after each epoch, to the first of the two epochs of task 2. Returns the run's folder."""
-        train_epoch, left = self.script.train_epoch, iter([True] * 3)
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(self.script, "SAVE_SECONDS", 0)
-            patch.setattr(self.script, "train_epoch", lambda *args: train_epoch(*args) if next(left, False) else sys.exit())
-            self.run(*more, models=models)
-        return self.run_folder(models=models)
+KEYS = [
+    "format",
+    "benchmark",
+    "script",
+    "args",
+    "changed",
+    "data",
+    "origins",
+    "widths",
+    "accuracy_matrix",
+    "ACC",
+    "BWT",
+    "ranks",
+    "memory",
+    "history_columns",
+    "history",
+    "seconds",
+    "finished",
+]
+COLUMNS = ["task", "epoch", "lr", "train_loss", "valid_loss", "valid_accuracy"]
+PLACES = ("device", "data_dir", "models_dir", "run_name", "changed")
+EPOCH = r"^task .* epoch .* train loss .* valid loss .* lr .* s$"
 
 
 @pytest.fixture(params=SHORT)
@@ -82,221 +50,324 @@ def pmnist(tmp_path):
     return Bench("main_pmnist", tmp_path)
 
 
-def results_of(folder):
-    """results.json but for the time, which may differ between equal runs."""
-    results = json.loads((folder / "results.json").read_text())
-    return {key: value for key, value in results.items() if key != "seconds"}
-
-
-def assert_equal_runs(a, b):
-    assert results_of(a) == results_of(b)
-    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (a, b))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def assert_refused(capsys, status, pattern, function, *args, **more):
-    """The call ends the program with the status and one line on stderr that matches the pattern."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function(*args, **more)
-    captured = capsys.readouterr()
-    assert stop.value.code == status
-    assert re.fullmatch(rf"main_\w+\.py: error: .*{pattern}.*\n", captured.err), captured.err
-
-
-# A whole run ----------------------------------------------------------------------------------------------------------
-def test_a_run_on_the_sets_own_files(bench, tmp_path, monkeypatch, capsys):
+# A whole run --------------------------------------------------------------------------------------
+def test_a_run_on_the_released_files(bench, monkeypatch, capsys):
     for name, arrays in bench.arrays.items():
-        (tmp_path / "data" / f"{name}.npz").unlink()
-        write_own_files(tmp_path / "data", name, arrays, monkeypatch)
-    more = ("--n_tasks", "5") * (len(bench.arrays) == 5)  # 5-Datasets reads no more sets than it has tasks
-    args = vars(bench.script.parse_args(bench.flags(*more)))
+        (bench.folder / "data" / f"{name}.npz").unlink()
+        write_own_files(bench.folder / "data", name, arrays, monkeypatch)
+    # 5-Datasets reads only as many sets as it has tasks.
+    more = ["--n_tasks", "5"] if len(bench.arrays) == 5 else []
+    args = bench.args(*more)
     folder = bench.run(*more)
-    printed, results = capsys.readouterr().out, json.loads((folder / "results.json").read_text())
+    printed = capsys.readouterr().out
+    content = (folder / "results.json").read_bytes()
+    results = json.loads(content)
 
-    n_tasks, acc = args["n_tasks"], np.array(results["accuracy_matrix"])
-    places = ("device", "data_dir", "models_dir", "run_name", "changed")
-    assert results["args"] == {flag: value for flag, value in args.items() if flag not in places}
-    assert results["changed"] == {flag: args[flag] for flag in ("n_epochs", "n_samples", "n_tasks") if args[flag] != 5}
-    assert acc.shape == (n_tasks, n_tasks) and not np.triu(acc, 1).any()
-    assert results["finished"] is True and results["seconds"] > 0
-    assert results["ACC"] == pytest.approx(acc[-1].mean())
-    assert results["BWT"] == pytest.approx((acc[-1] - acc.diagonal())[:-1].mean())
-    assert [row[:2] for row in results["history"]] == [[t + 1, epoch] for t in range(n_tasks) for epoch in (1, 2)]
-    assert all(value == round(value, 4) for row in results["history"] for value in row[3:])
-    assert len(results["ranks"]) == len(results["memory"]) == n_tasks
-    for earlier, later in zip(results["ranks"], results["ranks"][1:]):
-        assert all(earlier[name] <= later[name] <= results["widths"][name] for name in results["widths"])
-    floats = sum(r * results["widths"][name] for name, r in results["ranks"][-1].items())
-    assert results["memory"][-1] == pytest.approx(100 * floats / sum(d**2 for d in results["widths"].values()))
+    check_head(results, bench, args)
+    check_accuracies(results, args.n_tasks)
+    check_bases(results, args.n_tasks)
+    check_history(results, args.n_tasks)
+    assert len(re.findall(EPOCH, printed, re.MULTILINE)) == 2 * args.n_tasks
+    numbers = [f"ACC {results['ACC']:.2f}", f"BWT {results['BWT']:.2f}"]
+    assert printed.splitlines()[-2:] == numbers  # without the paper's
+    assert printed.splitlines()[-3].startswith("not comparable with the paper: --n_epochs, --n_s")
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == ["checkpoint.pt", "lock", "results.json"]
+
+    bench.run(*more)  # the same command prints the result again, and writes nothing
+    again = capsys.readouterr().out
+    assert ", finished\n" in again
+    assert again.splitlines()[-3:] == printed.splitlines()[-3:]
+    assert (folder / "results.json").read_bytes() == content
+
+
+def check_head(results, bench, args):
+    """What results.json says of the script, its flags, its data and what it ran on."""
+    name = Path(bench.script.__file__).stem
+    assert list(results) == KEYS
+    assert results["format"] == 2
+    assert results["script"] == name
+    assert results["benchmark"] == name.removeprefix("main_")
+    flags = {flag: value for flag, value in vars(args).items() if flag not in PLACES}
+    layers = len(results["widths"])
+    assert results["args"] == flags | {
+        "threshold": (args.threshold * layers)[:layers],
+        "n_samples": (args.n_samples * layers)[:layers],
+    }
+    short = {flag: getattr(args, flag) for flag in ("n_epochs", "n_samples", "n_tasks")}
+    if args.n_tasks == bench.script.N_TASKS:
+        del short["n_tasks"]
+    assert results["changed"] == short
+
+    for task in results["data"].values():
+        assert list(task) == ["set", "source", "complete", "digest", "train", "valid", "test"]
+        assert task["source"] == "released files in the data folder"
+        assert task["complete"] is False
+        assert re.fullmatch("[0-9a-f]{16}", task["digest"])
     assert {task["set"] for task in results["data"].values()} == set(bench.arrays)
-    assert not any(task["complete"] for task in results["data"].values())
-    origin, = results["origins"]
-    assert re.fullmatch("([0-9a-f]{40})?", origin["commit"]) and origin["versions"]["torch"] == torch.__version__
+    assert len(results["data"]) == args.n_tasks
 
-    assert len(re.findall(r"^task .* epoch .* train loss .* valid loss .* lr .* s$", printed, re.MULTILINE)) == 2 * n_tasks
-    assert re.match(rf"not comparable with the paper: .*--n_samples.*, {min(bench.arrays)} in part", printed.splitlines()[-3])
-    for metric, line in zip(("ACC", "BWT"), printed.splitlines()[-2:]):
-        assert line == f"{metric} {results[metric]:.2f}   (paper: {bench.script.PAPER[metric]})"
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "lock", "results.json"]
+    (origin,) = results["origins"]
+    assert list(origin) == ["code", "commit", "dirty", "versions", "device"]
+    assert origin["code"] == bench.script.digest_of_code()
+    assert re.fullmatch("([0-9a-f]{40})?", origin["commit"])
+    assert isinstance(origin["dirty"], bool)
+    assert origin["versions"] == {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+    assert origin["device"]["type"] == "cpu"
+    assert origin["device"]["name"]
+    assert origin["device"]["threads"] == 1
 
-    bench.run(*more)  # the same command again prints the result, and writes nothing
-    assert capsys.readouterr().out.splitlines()[-3:] == printed.splitlines()[-3:]
-    assert json.loads((folder / "results.json").read_text()) == results
+
+def check_accuracies(results, n_tasks):
+    """The matrix is null above the diagonal; ACC and BWT are worked out from it."""
+    matrix = results["accuracy_matrix"]
+    assert [len(row) for row in matrix] == [n_tasks] * n_tasks
+    for t, row in enumerate(matrix):
+        assert row[t + 1 :] == [None] * (n_tasks - t - 1)
+        assert all(0 <= accuracy <= 100 for accuracy in row[: t + 1])
+    last = matrix[-1]
+    learned = [matrix[t][t] for t in range(n_tasks)]
+    change = np.subtract(last, learned)[:-1]
+    assert results["ACC"] == pytest.approx(np.mean(last))
+    assert results["BWT"] == pytest.approx(np.mean(change))
+    assert results["finished"] is True
+    assert results["seconds"] > 0
 
 
-@pytest.mark.parametrize("script, flags, name", [
-    ("main_pmnist", "--n_tasks 10 --device cpu", "seed_2"), ("main_cifar100", "--run_name mine --lr 1", "mine"),
-    ("main_pmnist", "--threshold 0 --threshold_increment 0.2", "seed_2_threshold_0.0_threshold_increment_0.2"),
-    ("main_pmnist", "--seed 3 --threshold 0.9 0.8 0.8 --lr 0.02", "seed_3_lr_0.02_threshold_0.9_0.8_0.8"),
-    ("main_cifar100_superclass", "--t_order 3 --official_data --lr 0.1", "seed_1_order_3_official_data_lr_0.1"),
-    ("main_cifar100_superclass", "", "seed_1_order_0"), ("main_five_datasets", "--official_data", "seed_37_official_data")])
-def test_default_run_names(script, flags, name):
-    assert importlib.import_module(script).parse_args(flags.split()).run_name == name
+def check_bases(results, n_tasks):
+    """Ranks grow up to the widths; memory is their share of GPM_Max."""
+    widths, ranks = results["widths"], results["ranks"]
+    assert len(ranks) == len(results["memory"]) == n_tasks
+    for earlier, later in zip(ranks, ranks[1:], strict=False):
+        for name, width in widths.items():
+            assert 0 < earlier[name] <= later[name] <= width
+    for of_task, memory in zip(ranks, results["memory"], strict=True):
+        used = sum(rank * widths[name] for name, rank in of_task.items())
+        most = sum(width**2 for width in widths.values())
+        assert memory == pytest.approx(100 * used / most)
+
+
+def check_history(results, n_tasks):
+    """A row per epoch, losses and accuracy to four digits."""
+    assert results["history_columns"] == COLUMNS
+    epochs = [row[:2] for row in results["history"]]
+    assert epochs == [[t + 1, epoch] for t in range(n_tasks) for epoch in (1, 2)]
+    for row in results["history"]:
+        assert len(row) == len(COLUMNS)
+        assert row[2] == results["args"]["lr"]
+        assert row[3:] == [round(value, 4) for value in row[3:]]
 
 
 def test_flags_reach_the_training(pmnist):
     """Those that no run of test_reference.py changes."""
     base = results_of(pmnist.run())
-    for flag, value in {"seed": "5", "momentum": "0.5", "n_hidden": "50", "pc_valid": "0.2"}.items():
+    changes = {"seed": "5", "momentum": "0.5", "n_hidden": "50", "pc_valid": "0.2"}
+    for flag, value in changes.items():
         other = results_of(pmnist.run(f"--{flag}", value, "--run_name", flag))
-        assert (base["accuracy_matrix"], base["ranks"]) != (other["accuracy_matrix"], other["ranks"]), flag
-    plain = results_of(pmnist.run("--threshold", "0", "--threshold_increment", "0.4", "--run_name", "plain"))
-    assert plain["ranks"] == [{"fc1": 0, "fc2": 0, "fc3": 0}] * 2
+        assert other["history"] != base["history"], flag
+        assert other["ranks"] != base["ranks"], flag
 
 
-# Killed and resumed ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name, flags, save_seconds", [
-    ("main_pmnist", "", 30), ("main_pmnist", "--momentum 0.9", 0), ("main_cifar100", "--lr_patience 1", 0),
-    ("main_cifar100_superclass", "", 0), ("main_five_datasets", "", 0)])
-def test_a_run_killed_at_any_file_it_writes_ends_like_an_uninterrupted_one(name, flags, save_seconds, tmp_path, monkeypatch):
-    bench, replace, written = Bench(name, tmp_path), Path.replace, []
-    monkeypatch.setattr(bench.script, "SAVE_SECONDS", save_seconds)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", lambda *paths: written.append(paths) or replace(*paths))
-        whole = bench.run(*flags.split(), models="whole")
-    n_tasks = bench.script.parse_args(bench.flags()).n_tasks
-    assert len(written) == n_tasks * (2 if save_seconds else 6)  # both files: after each task, or two epochs of each as well
-
-    for k in range(len(written)) if name == "main_pmnist" else [8]:  # 8: within task 2, when the checkpoint is one of task 1
-        left = iter([True] * k)
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(Path, "replace", lambda *paths: replace(*paths) if next(left, False) else sys.exit())
-            bench.run(*flags.split(), models=f"killed_{k}")
-        assert_equal_runs(whole, bench.run(*flags.split(), models=f"killed_{k}"))
+def test_threshold_0_projects_nothing(pmnist):
+    flags = ["--threshold", "0", "--threshold_increment", "0.4"]
+    results = results_of(pmnist.run(*flags))
+    assert results["ranks"] == [{"fc1": 0, "fc2": 0, "fc3": 0}] * 2
 
 
-def test_a_run_that_is_killed_ends_like_an_uninterrupted_one(pmnist):
-    """With SIGKILL, three times, from wherever it was resumed: from the end of a task, as SAVE_SECONDS is 30."""
-    more = ("--n_epochs", "30", "--n_tasks", "4")
-    whole = pmnist.run(*more, models="whole")
-    for stop in (35, 5, 50):
-        process = pmnist.process(*more)
-        for _ in zip(range(stop), (line for line in process.stdout if "train loss" in line)):
-            pass
-        process.kill()
-        process.communicate()
-    out, err = pmnist.process(*more).communicate()
-    assert err == "" and ", after task 0, epoch 0" not in out and ", epoch 0\n" in out
-    assert_equal_runs(whole, pmnist.run_folder())
+# Code ---------------------------------------------------------------------------------------------
+def test_a_copy_is_a_script_of_its_own(pmnist):
+    pmnist.edit("return G - G @ M @ M.T", "return G", name="main_pmnist_mine")
+    folder = pmnist.run()
+    results = results_of(folder)
+    assert folder == pmnist.folder / "models" / "pmnist_mine" / "short"
+    assert (results["script"], results["benchmark"]) == ("main_pmnist_mine", "pmnist")
+    assert results["origins"][0]["commit"] == ""  # outside of a checkout
+    assert results["origins"][0]["dirty"] is False
 
 
-def test_each_epoch_and_task_is_printed_at_once(pmnist, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "flush", flush := Mock())
+def test_an_edited_default_is_other_code_with_other_args(pmnist):
+    before = results_of(pmnist.run())
+    pmnist.edit('default=0.01, help="learning rate', 'default=0.02, help="learning rate')
+    after = results_of(pmnist.run(models="edited"))
+    assert (before["args"]["lr"], after["args"]["lr"]) == (0.01, 0.02)
+    assert "lr" not in after["changed"]
+    assert after["origins"][0]["code"] != before["origins"][0]["code"]
+
+
+def test_the_docstring_is_no_code(pmnist):
+    before = pmnist.script.digest_of_code()
+    pmnist.edit("measured    ", "measured    by us: ")
+    assert pmnist.script.digest_of_code() == before
+
+
+# Beside the paper ---------------------------------------------------------------------------------
+SHORT_PROTOCOL = {
+    "main_pmnist": [
+        ("N_TASKS = 10", "N_TASKS = 2"),
+        ('default=5, help="maximum', 'default=2, help="maximum'),
+        ("default=[300]", "default=[30]"),
+    ],
+    "main_cifar100_superclass": [
+        ("N_TASKS = 20", "N_TASKS = 3"),
+        ('default=50, help="maximum', 'default=2, help="maximum'),
+        ("default=[24, 100, 125, 125]", "default=[6]"),
+    ],
+}
+
+
+def make_comparable(bench, monkeypatch):
+    """Edit the script so that the short run has its default flags, and its data are complete."""
+    for old, new in SHORT_PROTOCOL[Path(bench.script.__file__).stem]:
+        bench.edit(old, new)
+    for name in bench.arrays:
+        official = raw.SETS[name]._replace(n_train=bench.short.n_train, n_test=bench.short.n_test)
+        monkeypatch.setitem(raw.SETS, name, official)
+
+
+def last_lines(capsys):
+    """What a run printed last, without the numbers of the run itself."""
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    return [re.sub(r"^(ACC|BWT) -?[\d.]+", r"\1", line) for line in lines]
+
+
+def test_a_run_of_the_protocol_is_set_beside_the_paper(pmnist, monkeypatch, capsys):
+    make_comparable(pmnist, monkeypatch)
+    folder = pmnist.run()
+    assert results_of(folder)["changed"] == {}
+    rank, *numbers = last_lines(capsys)
+    assert rank.startswith("  rank ")
+    assert numbers == ["ACC   (paper: 93.91 ± 0.16)", "BWT   (paper: -3 ± 0)"]
+
+
+def test_changed_flags_do_not_compare(pmnist, monkeypatch, capsys):
+    make_comparable(pmnist, monkeypatch)
+    pmnist.run("--lr", "0.02", "--pc_valid", "0.2")
+    reasons = "not comparable with the paper: --pc_valid, --lr"
+    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
+
+
+def test_incomplete_data_do_not_compare(pmnist, monkeypatch, capsys):
+    make_comparable(pmnist, monkeypatch)
+    monkeypatch.setitem(raw.SETS, "mnist", raw.SETS["mnist"]._replace(n_train=301))
+    pmnist.run()
+    reasons = "not comparable with the paper: incomplete mnist"
+    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
+
+
+def test_missing_test_images_alone_do_compare(pmnist, monkeypatch, capsys):
+    make_comparable(pmnist, monkeypatch)
+    monkeypatch.setitem(raw.SETS, "mnist", raw.SETS["mnist"]._replace(n_test=100))
+    pmnist.run()
+    assert "(paper: 93.91 ± 0.16)" in capsys.readouterr().out
+
+
+def test_correct_images_do_not_compare(tmp_path, monkeypatch, capsys):
+    superclass = Bench("main_cifar100_superclass", tmp_path)
+    make_comparable(superclass, monkeypatch)
+    superclass.run()
+    reasons = "not comparable with the paper: no --official_data"
+    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
+    superclass.run("--official_data", "--run_name", "official")
+    assert "(paper: 57.72, mean over 5 orders)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def checkout(pmnist):
+    """pmnist, comparable, with its own dataloader, in a git checkout without changes."""
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    for old, new in SHORT_PROTOCOL["main_pmnist"]:
+        pmnist.edit(old, new)
+    loaders = pmnist.folder / "dataloader"
+    shutil.copytree(ROOT / "dataloader", loaders, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (loaders / "raw.py").read_text()
+    assert '"mnist": Spec(60_000, 10_000,' in code
+    code = code.replace('"mnist": Spec(60_000, 10_000,', '"mnist": Spec(300, 60,')
+    (loaders / "raw.py").write_text(code)
+    shutil.copy(ROOT / ".gitignore", pmnist.folder)
+    git(pmnist.folder, "init", "--quiet")
+    git(pmnist.folder, "add", "main_pmnist.py", "dataloader", ".gitignore")
+    author = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+    git(pmnist.folder, *author, "commit", "--quiet", "--message", "all")
+    return pmnist
+
+
+def git(folder, *command):
+    """Run git in the folder; returns its output."""
+    result = subprocess.run(["git", *command], cwd=folder, text=True, stdout=subprocess.PIPE)
+    result.check_returncode()
+    return result.stdout.strip()
+
+
+def printed_by_process(bench, encoding, *flags):
+    """What the script prints on a terminal of this encoding, where it must succeed."""
+    process = bench.process(*flags, encoding="utf-8", env={"PYTHONIOENCODING": encoding})
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    return out
+
+
+def test_in_a_checkout_and_on_any_terminal(checkout):
+    out = printed_by_process(checkout, "ascii")
+    assert "(paper: 93.91 ? 0.16)" in out
+    (origin,) = results_of(checkout.run_folder())["origins"]
+    assert origin["commit"] == git(checkout.folder, "rev-parse", "HEAD")
+    assert origin["dirty"] is False
+    assert "(paper: 93.91 ± 0.16)" in printed_by_process(checkout, "utf-8")  # finished
+
+    (checkout.folder / "README.md").touch()  # another file does not matter
+    with open(checkout.folder / "dataloader" / "pmnist.py", "a") as loader:
+        loader.write("# edited\n")
+    out = printed_by_process(checkout, "utf-8", "--run_name", "edited")
+    assert "\nnot comparable with the paper: uncommitted changes of the code\n" in out
+    assert "(paper" not in out
+    (origin,) = results_of(checkout.run_folder("edited"))["origins"]
+    assert origin["dirty"] is True
+
+
+# Output -------------------------------------------------------------------------------------------
+HEAD = r"""{folder}: {changed}, from task 1, epoch 1
+\d{{4}}-\d\d-\d\d \d\d:\d\d on {host}, .+
+without a basis: {layers}
+"""
+
+
+def head(bench, changed, layers):
+    """The pattern of what a new run prints first."""
+    return HEAD.format(
+        folder=re.escape(str(bench.run_folder())),
+        changed=re.escape(changed),
+        host=re.escape(platform.node()),
+        layers=re.escape(layers),
+    )
+
+
+def test_a_run_begins_with_what_it_is_going_to_do(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench.script, "train_task", Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        bench.run()
+    changed = {"n_epochs": 2, "n_samples": bench.args().n_samples, "n_tasks": bench.args().n_tasks}
+    heads = "no layer" if "pmnist" in bench.script.__file__ else "heads.*"
+    assert re.search(head(bench, str(changed), heads), capsys.readouterr().out)
+
+
+def test_a_plain_layer_within_the_network_is_named(pmnist, monkeypatch, capsys):
+    pmnist.edit("self.fc2 = ProjectedLinear(n_hidden, n_hidden)", "self.fc2 = nn.Linear(100, 100)")
+    monkeypatch.setattr(pmnist.script, "train_task", Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        pmnist.run("--threshold", "0.95")
+    assert "\nwithout a basis: fc2\n" in capsys.readouterr().out
+
+
+def test_each_epoch_and_task_is_printed_at_once(pmnist, monkeypatch):
+    flush = Mock()
+    monkeypatch.setattr("sys.stdout.flush", flush)
     pmnist.run("--n_epochs", "7")
-    assert flush.call_count == 2 * (7 + 1)
-
-
-def test_ctrl_c_ends_with_a_line(pmnist):
-    process = pmnist.process("--n_epochs", "200")
-    while "train loss" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 1
-    assert err == "main_pmnist.py: error: interrupted: the same command goes on from the last checkpoint\n"
-
-
-def test_each_commit_that_worked_on_a_run_is_in_the_result(pmnist, monkeypatch):
-    for commit in "abb":
-        monkeypatch.setattr(pmnist.script, "provenance", lambda device: {"commit": commit})
-        folder = pmnist.stopped(monkeypatch) if commit == "a" else pmnist.run()
-    assert results_of(folder)["origins"] == [{"commit": "a"}, {"commit": "b"}]
-
-
-# Refused --------------------------------------------------------------------------------------------------------------
-def test_other_arguments_and_data_are_refused_and_named(pmnist, capsys):
-    folder = pmnist.run()
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert_refused(capsys, 2, r"other args \(lr 0\.01 there, 0\.005 here; n_hidden 100 there, 7 here\): choose another",
-                   pmnist.run, "--lr", "0.005", "--n_hidden", "7")
-    write_npz(pmnist.folder / "data", "mnist", small_arrays("mnist", 310, 60))
-    assert_refused(capsys, 2, r"other data \(permutation 1 .*'train': 270.* there, .*'train': 279", pmnist.run)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x80\x02."])
-def test_a_damaged_checkpoint_is_named(pmnist, content, capsys):
-    folder = pmnist.run()
-    (folder / "checkpoint.pt").write_bytes(content)
-    assert_refused(capsys, 2, "checkpoint.pt cannot be read .*: remove the folder to start anew", pmnist.run)
-
-
-def test_two_processes_on_one_run(pmnist, monkeypatch, capsys):
-    folder = pmnist.run()
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert_refused(capsys, 2, "another process is at work in .*short", pmnist.run)
-    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(38, "a file system without locks")))
-    assert results_of(pmnist.run())["finished"]
-
-
-OUT_OF_RANGE = """threshold 1.01, threshold nan, threshold_increment -0.1, n_samples 0, n_epochs 0, batch_size_train -3,
-    batch_size_test 0, pc_valid 0, pc_valid 1, lr 0, lr nan, lr inf, lr_factor 0.5, lr_patience -1, momentum 1, seed -1,
-    n_tasks 0, n_tasks 11, n_hidden 0"""
-
-
-@pytest.mark.parametrize("flags, pattern", [
-    *((f"--{flag}", f"argument --{flag.replace(' ', ': ')} is not in") for flag in re.split(r",\s+", OUT_OF_RANGE)),
-    ("--threshold 0.9 0.9", "--threshold takes one value, or one for each of the [0-9]+ layers fc1 fc2 fc3"),
-    ("--threshold 0.9 --threshold_increment 0.2", "--threshold and --threshold_increment reach 1 within 2 tasks"),
-    ("--n_samples 5 5", "--n_samples takes one value, or one for each"), ("--n_samples 1", "--n_samples: the largest must lie"),
-    ("--n_samples 100000", "--n_samples: the largest must lie between 2 and 270"),
-    ("--pc_valid 0.001", "validation share of 0.001 is less than one of"), ("--lr 1e-7", "--lr_min 1e-05 is above --lr 1e-07"),
-    ("--device cuda:77", "--device: cuda:77 cannot be used"), ("--device meta", "--device: meta cannot be used"),
-    ("--lr fast", "argument --lr: invalid float value: 'fast'"), ("--epochs 3", "unrecognized arguments: --epochs 3"),
-    ("--lr 1e30", "the loss became (nan|inf)"), ("--models_dir file", "(File exists|Not a directory)")])
-def test_wrong_input_ends_in_one_line(pmnist, flags, pattern, monkeypatch, capsys):
-    (pmnist.folder / "file").touch()
-    monkeypatch.chdir(pmnist.folder)
-    status = 1 if flags in ("--lr 1e30", "--models_dir file") else 2
-    assert_refused(capsys, status, pattern, pmnist.program, *flags.split(), monkeypatch=monkeypatch)
-    assert not list(pmnist.folder.rglob("*.pt"))
-
-
-def test_wrong_input_of_one_script(tmp_path, capsys):
-    superclass = importlib.import_module("main_cifar100_superclass")
-    assert_refused(capsys, 2, "--t_order: invalid choice: '?5", superclass.parse_args, ["--t_order", "5"])
-    cifar100 = Bench("main_cifar100", tmp_path)
-    # 200 images a task: 10 for validation, 190 for training, 40 for the test
-    assert_refused(capsys, 2, "_train leaves a batch of one of 190 images", cifar100.run, "--batch_size_train", "63")
-    assert_refused(capsys, 2, "--batch_size_test leaves a batch of one of 10 images", cifar100.run, "--batch_size_test", "9")
-
-
-def test_a_full_disk_or_gpu_ends_the_run_with_a_line_and_loses_nothing(pmnist, monkeypatch, capsys):
-    folder = pmnist.stopped(monkeypatch)
-    before = (folder / "checkpoint.pt").read_bytes()
-    for name in "checkpoint.pt.part", "results.json.part":
-        os.symlink("/dev/full", folder / name)
-        assert_refused(capsys, 1, "No space left on device", pmnist.program, monkeypatch=monkeypatch)
-        assert (folder / "checkpoint.pt").read_bytes() == before
-        (folder / name).unlink()
-
-    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore lines")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "manual_seed", Mock(side_effect=full))
-        assert_refused(capsys, 1, "CUDA out of memory. Tried to allocate 20.00 MiB.", pmnist.program, monkeypatch=monkeypatch)
-    assert results_of(pmnist.run())["finished"]
+    assert flush.call_count == 1 + 2 * (7 + 1)  # the head, and for each task its epochs and itself
 
 
 def test_help_shows_the_defaults(bench, capsys):
@@ -305,15 +376,38 @@ def test_help_shows_the_defaults(bench, capsys):
     assert f"(default: {bench.script.N_TASKS})" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-def test_a_run_on_cuda_resumes(bench, monkeypatch):
-    """Ended within task 2, where bases, momentum and the GPU's random numbers matter."""
-    flags = ("--device", "cuda", "--momentum", "0.9")
-    whole = bench.run(*flags, models="whole")
-    bench.stopped(monkeypatch, *flags)
-    resumed = bench.run(*flags)
-    assert results_of(resumed)["origins"][0]["device"]["type"] == "cuda" and results_of(resumed)["finished"]
-    a, b = (torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True) for folder in (whole, resumed))
-    assert len(a["random"]) >= 2 and all(map(torch.equal, a["random"], b["random"]))
-    for name, W in a["model"].items():  # a GPU's sums are equal up to their order
-        torch.testing.assert_close(b["model"][name], W, rtol=0, atol=1e-3 * W.abs().max().item())
+# Names of runs ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "script, flags, name",
+    [
+        ("main_pmnist", "--n_tasks 10 --device cpu", "seed_2"),
+        ("main_pmnist", "--n_samples 300 300 300", "seed_2"),
+        ("main_pmnist", "--seed 3 --threshold 0.9 0.8 0.8", "seed_3_threshold_0.9_0.8_0.8"),
+        ("main_pmnist", "--threshold 0 --lr 0.02", "seed_2_lr_0.02_threshold_0.0"),
+        ("main_cifar100", "--run_name mine --lr 1", "mine"),
+        ("main_cifar100_superclass", "", "seed_1_order_0"),
+        (
+            "main_cifar100_superclass",
+            "--t_order 3 --official_data --lr 0.1",
+            "seed_1_order_3_official_data_lr_0.1",
+        ),
+        ("main_five_datasets", "--official_data", "seed_37_official_data"),
+    ],
+)
+def test_default_run_names(script, flags, name):
+    parse_args = load_script(ROOT / f"{script}.py").parse_args
+    assert parse_args(flags.split()).run_name == name
+
+
+def test_a_long_run_name_is_cut_and_stays_unique(tmp_path):
+    parse_args = load_script(ROOT / "main_five_datasets.py").parse_args
+    thresholds = [f"0.9{i:02d}" for i in range(20)]
+    samples = [str(100 + i) for i in range(20)]
+    names = set()
+    for last in "125", "126":
+        samples[-1] = last
+        args = parse_args(["--threshold", *thresholds, "--n_samples", *samples])
+        (tmp_path / args.run_name).mkdir()
+        names.add(args.run_name)
+    assert len(names) == 2
+    assert all(name.startswith("seed_37_threshold_0.9_0.901_") for name in names)
