@@ -147,6 +147,8 @@ def clone(tmp_path, monkeypatch):
     for variable in *NOTED, *INPUTS, *PYTHONS:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    # What a shell starts in the background ignores SIGINT, and so would the runs of these tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return Clone(tmp_path)
 
 
@@ -447,7 +449,7 @@ SETUP = 'source run_experiments.sh --setup; echo "$VIRTUAL_ENV"; command -v pyth
 
 
 def test_a_fresh_environment_gets_the_tested_versions_once(clone, shell):
-    """--setup leaves it activated, a run uses it, and in another folder it is mended."""
+    """--setup activates it and a run uses it. Moved, and with its Python gone, it is mended."""
     clone.install("torch", None)
     for _ in range(2):
         result = clone.run(f"set -eu; {SETUP}", shell)
@@ -459,6 +461,9 @@ def test_a_fresh_environment_gets_the_tested_versions_once(clone, shell):
     assert clone.commands() == ["pmnist", "report"]
 
     clone.folder = clone.folder.rename(clone.above / "moved")
+    for link in (clone.folder / ".venv/bin").glob("python*"):
+        link.unlink()
+        link.symlink_to("/a/python/that/is/gone")
     result = clone.run(f"set -eu; {SETUP}", shell)
     assert result.stdout == f"{clone.folder}/.venv\n{clone.folder}/.venv/bin/python\n"
     assert clone.read("pip_calls").count("\n") == 1
