@@ -1,20 +1,29 @@
-"""Time of the scripts' functions against a plain implementation of the same mathematics, on the same random images in one run.
+"""Time of the scripts' functions against a plain implementation of the same mathematics.
 
     python tests/benchmark.py --benchmarks pmnist cifar100 --device cuda
 
-Plain is the method as its equations read: each gradient times a dense d x d matrix M M^T after the backward pass, patches
-gathered in loops, two SVDs per basis, all heads, the paper's order of layers, PyTorch's dropout, LocalResponseNorm and number
-of threads, an evaluation of the training images after each epoch. Here is what main calls. An epoch has its share of what is
-done once per task: M M^T, or PMNIST's projected images. Both are faster with run_experiments.sh's settings of the allocator.
+Both work on the same random images in one process.
+
+plain   The method as its equations read: after the backward pass each gradient is multiplied by a
+        dense d x d matrix M M^T; patches are gathered in loops; two SVDs per basis; all heads are
+        computed; the paper's order of layers; PyTorch's layers, dropout, LocalResponseNorm and
+        number of threads; the training images are evaluated after each epoch.
+here    What main calls.
+
+An epoch includes its share of what is done once per task: M M^T, or PMNIST's projected images. Both
+forms are faster with the settings of the allocator in run_experiments.sh.
 """
+
 import argparse
 import importlib
 import json
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -23,173 +32,369 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the scripts
 THREADS = torch.get_num_threads()
-BENCHMARKS = {  # shape of an image; images of an epoch, for 5-Datasets not of a whole one; steps timed in one go
+BENCHMARKS = {  # shape of an image, images in an epoch, steps that are timed together
     "pmnist": ((784,), 54_000, 200),
     "cifar100": ((3, 32, 32), 4_750, 2),
     "cifar100_superclass": ((3, 32, 32), 2_375, 2),
-    "five_datasets": ((3, 32, 32), 1_280, 2),
+    "five_datasets": ((3, 32, 32), 1_280, 2),  # a whole epoch would have up to 70,000
 }
 
 
-class AllHeads(nn.ModuleList):
-    def __getitem__(self, task):  # all heads are computed for the logits of one
-        return lambda x: [head(x) for head in self][task]
+# The plain implementation -------------------------------------------------------------------------
+def plain_mlp(net, x, task):
+    """Logits (B, 10) of PMNIST's network."""
+    return net.fc3(F.relu(net.fc2(F.relu(net.fc1(x)))))
 
 
 def plain_alexnet(net, x, task):
     """Logits (B, 10), with ReLU, dropout and pooling in this order."""
-    x = F.max_pool2d(F.dropout(F.relu(net.bn1(net.conv1(x))), net.drop1.p, net.training), 2)
-    x = F.max_pool2d(F.dropout(F.relu(net.bn2(net.conv2(x))), net.drop1.p, net.training), 2)
-    x = F.max_pool2d(F.dropout(F.relu(net.bn3(net.conv3(x))), net.drop2.p, net.training), 2)
-    x = F.dropout(F.relu(net.bn4(net.fc1(x.flatten(1)))), net.drop2.p, net.training)
-    return net.heads[task](F.dropout(F.relu(net.bn5(net.fc2(x))), net.drop2.p, net.training))
+
+    def dropped(x, drop):
+        return F.dropout(F.relu(x), drop.p, net.training)
+
+    x = F.max_pool2d(dropped(net.bn1(net.conv1(x)), net.drop1), 2)
+    x = F.max_pool2d(dropped(net.bn2(net.conv2(x)), net.drop1), 2)
+    x = F.max_pool2d(dropped(net.bn3(net.conv3(x)), net.drop2), 2)
+    x = dropped(net.bn4(net.fc1(x.flatten(1))), net.drop2)
+    return net.heads[task](dropped(net.bn5(net.fc2(x)), net.drop2))
+
+
+class AllHeads(nn.ModuleList):
+    """Task heads that are all computed for the logits of one."""
+
+    def __getitem__(self, task):
+        return lambda x: [head(x) for head in self][task]
+
+
+def plain_layer(layer):
+    """An nn.Linear or nn.Conv2d with the weight of a projected layer."""
+    rows, d = layer.weight.shape[:2]
+    if isinstance(layer, nn.Linear):
+        plain = nn.Linear(d, rows, bias=False)
+    else:
+        geometry = layer.kernel_size, layer.stride, layer.padding
+        plain = nn.Conv2d(d, rows, *geometry, bias=False)
+    plain.weight = layer.weight
+    return plain
+
+
+def make_plain(net, name, layers):
+    """Replace in a script's network what the script does in a clever way."""
+    for layer_name, layer in layers.items():
+        net.set_submodule(layer_name, plain_layer(layer))
+    if name == "pmnist":
+        net.forward = lambda x, task: plain_mlp(net, x, task)
+    else:
+        net.heads = AllHeads(net.heads)
+    if name == "cifar100":
+        net.forward = lambda x, task: plain_alexnet(net, x, task)
+    if name == "cifar100_superclass":
+        for norm in "lrn1", "lrn2":
+            setattr(net, norm, nn.LocalResponseNorm(4, alpha=0.001 / 9, beta=0.75, k=1.0))
+
+
+@torch.no_grad()
+def plain_inputs(net, layers, x, task):
+    """The input of each layer, {name: tensor}."""
+    inputs, hooks = {}, []
+    for name, layer in layers.items():
+
+        def keep(_, args, name=name):
+            inputs[name] = args[0]
+
+        hooks.append(layer.register_forward_pre_hook(keep))
+    net.eval()
+    net(x, task)
+    for hook in hooks:
+        hook.remove()
+    return inputs
 
 
 def plain_matrix(layer, x):
-    """R (d, n): the layer's inputs x as columns; for a convolution its patches, one after another."""
+    """R (d, n): the layer's inputs x as columns; for a convolution its patches, one by one."""
     if isinstance(layer, nn.Linear):
         return torch.stack([sample.flatten() for sample in x], dim=1)
-    k, stride, x = layer.kernel_size[0], layer.stride[0], F.pad(x, [layer.padding[0]] * 4)
+    k, stride, padding = layer.kernel_size[0], layer.stride[0], layer.padding[0]
+    x = F.pad(x, [padding] * 4)
     corners = range(0, x.shape[2] - k + 1, stride)  # images are square
-    return torch.stack([sample[:, i : i + k, j : j + k].flatten() for sample in x for i in corners for j in corners], dim=1)
+    columns = []
+    for sample in x:
+        for i in corners:
+            for j in corners:
+                columns.append(sample[:, i : i + k, j : j + k].flatten())
+    return torch.stack(columns, dim=1)
 
 
 def plain_update(M, R, eps):
     """M (d, r) and the directions that Eq. 8-9 append to it."""
     energy = torch.linalg.svd(R, full_matrices=False).S.square().sum()
     U, S, _ = torch.linalg.svd(R - M @ M.T @ R, full_matrices=False)
-    held = energy - S.square().sum() + S.square().cumsum(0) - S.square()  # by M and the columns before each one
-    return torch.cat([M, U[:, : (held < eps * energy).sum()]], dim=1)
+    gain = S.square()
+    held_before = energy - gain.sum() + gain.cumsum(0) - gain  # by M and the columns before each
+    k = (held_before < eps * energy).sum()
+    return torch.cat([M, U[:, :k]], dim=1)
+
+
+# Both forms ---------------------------------------------------------------------------------------
+class Assignment(NamedTuple):
+    """A task to be learned: its number, images x, labels y, and the bases at its start."""
+
+    task: int
+    x: torch.Tensor
+    y: torch.Tensor
+    bases: dict  # {layer: M}
 
 
 class Form:
-    """A benchmark's network at work: by the functions of its script or, if plain, by those above."""
+    """A benchmark's network at work: by its script's functions or, if plain, by those above."""
 
     def __init__(self, name, plain, device, dtype=torch.float32):
         torch.set_num_threads(THREADS)
         torch.manual_seed(0)  # the same weights in both forms
-        self.script = script = importlib.import_module(f"main_{name}")
-        self.plain, self.pairs, self.args = plain, name == "pmnist" and not plain, script.parse_args(["--device", "cpu"])
-        self.net = net = script.build_model(self.args)
-        self.threads = THREADS if plain else torch.get_num_threads()
-        if plain and name == "cifar100":
-            net.forward = lambda x, task: plain_alexnet(net, x, task)
-        if plain and name == "cifar100_superclass":
-            net.lrn1 = net.lrn2 = nn.LocalResponseNorm(4, alpha=0.001 / 9, beta=0.75, k=1.0)
-        if plain and name != "pmnist":
-            net.heads = AllHeads(net.heads)
-        net.to(device, dtype, memory_format=torch.preserve_format if plain or device.type != "cpu" else torch.channels_last)
-        self.layers, self.bases = script.projected_layers(net), {} if plain else script.project_gradients(net)
+        self.script = importlib.import_module(f"main_{name}")
+        self.name, self.plain = name, plain
+        self.args = self.script.parse_args(["--device", "cpu"])
+        self.net = self.script.build_model(self.args)
+        self.threads = THREADS if plain else torch.get_num_threads()  # PMNIST's script takes one
+        self.layers = self.script.projected_layers(self.net)
+        self.M = {layer_name: layer.M for layer_name, layer in self.layers.items()}
+        layout = torch.preserve_format
+        if plain:
+            make_plain(self.net, name, self.layers)
+            self.layers = {layer: self.net.get_submodule(layer) for layer in self.layers}
+        elif device.type == "cpu":
+            layout = torch.channels_last
+        self.net.to(device, dtype, memory_format=layout)
 
     def start(self, task, x, y, bases):
-        """Begin a task with its training part, x (N, ...) and y (N,): train() is a pass, inputs() what reaches the layers."""
-        net, args, script, self.task, W = self.net, self.args, self.script, task, next(self.net.parameters())
-        self.bases.update({name: M.to(W) for name, M in bases.items()})
+        """Begin a task: do what is done once, before its first epoch."""
+        net, args = self.net, self.args
+        W = next(net.parameters())  # device and type
+        self.task, self.x, self.y = task, x.to(W), y.to(W.device)
+        self.M = {name: M.to(W) for name, M in bases.items()}
         if task > 0:
-            script.freeze_batchnorm(net)
-        x, y, optimizer = x.to(W), y.to(W.device), torch.optim.SGD(net.parameters(), args.lr, args.momentum)
-        loop = importlib.import_module("main_cifar100") if self.plain else script  # PMNIST's has an SGD of its own
-        if self.plain and task > 0:
-            dense = {layer: self.bases[name] @ self.bases[name].T for name, layer in self.layers.items()}
+            self.script.freeze_batchnorm(net)
+        self.optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum)
+        if not self.plain:
+            for name, layer in self.layers.items():
+                layer.M = self.M[name]
+            if self.name == "pmnist":
+                self.x_hat = self.script.projected_images(net, self.x)
+        elif task > 0:
+            self.project_each_gradient()
 
-            def project(*_):  # G - G M M^T, after the backward pass (Eq. 6-7)
-                for layer, P in dense.items():
-                    layer.weight.grad.sub_((layer.weight.grad.flatten(1) @ P).view_as(layer.weight))
-            optimizer.register_step_pre_hook(project)
-        images = torch.stack([x, script.project(x, self.bases["fc1"])], dim=1) if self.pairs else x  # as in train_task
-        self.train = lambda: loop.train_epoch(net, task, images, y, optimizer, args.batch_size_train)
-        self.epoch = lambda: (self.train(), self.plain and script.evaluate(net, task, x, y, args.batch_size_test))
-        self.inputs = lambda: script.layer_inputs(net, x[: max(args.n_samples)], task)
+    def project_each_gradient(self):
+        """From now on G - G M M^T is computed after each backward pass (Eq. 6-7)."""
+        dense = {name: M @ M.T for name, M in self.M.items()}
+
+        def project(*_):
+            for name, layer in self.layers.items():
+                G = layer.weight.grad.flatten(1)
+                layer.weight.grad.sub_((G @ dense[name]).view_as(layer.weight))
+
+        self.optimizer.register_step_pre_hook(project)
+
+    def train(self):
+        """One pass over the images."""
+        # PMNIST's own loop has an SGD of its own.
+        script = importlib.import_module("main_cifar100") if self.plain else self.script
+        batch_size = self.args.batch_size_train
+        arguments = self.net, self.task, self.x, self.y, self.optimizer, batch_size
+        if self.name == "pmnist" and not self.plain:
+            arguments += (self.x_hat,)
+        script.train_epoch(*arguments)
+
+    def epoch(self):
+        """What an epoch consists of, validation aside."""
+        self.train()
+        if self.plain:
+            batch_size = self.args.batch_size_test
+            self.script.evaluate(self.net, self.task, self.x, self.y, batch_size)
+
+    def inputs(self):
+        """What reaches the layers after the task, {name: tensor}."""
+        x = self.x[: max(self.args.n_samples)]
+        if self.plain:
+            return plain_inputs(self.net, self.layers, x, self.task)
+        inputs = self.script.layer_inputs(self.net, x, self.task)
+        return {name: torch.cat(calls) for name, calls in inputs.items()}
 
     def update(self, inputs):
         """({name: R}, {name: M}) after the task."""
-        R, M, args, script, n_layers = {}, {}, self.args, self.script, len(self.layers)
-        matrix, update = (plain_matrix, plain_update) if self.plain else (script.representation_matrix, script.update_basis)
-        for (name, layer), n, eps in zip(self.layers.items(), args.n_samples * n_layers, args.threshold * n_layers):
-            R[name] = matrix(layer, inputs[name][:n])
-            M[name] = update(self.bases[name], R[name], eps + self.task * args.threshold_increment)
-        return R, M
+        n_layers = len(self.layers)
+        thresholds = self.script.thresholds(self.args, self.task)
+        thresholds = thresholds * (n_layers // len(thresholds))
+        n_samples = self.args.n_samples * (n_layers // len(self.args.n_samples))
+        matrices, bases = {}, {}
+        for (name, layer), eps, n in zip(self.layers.items(), thresholds, n_samples, strict=True):
+            x, M = inputs[name][:n], self.M[name]
+            if self.plain:
+                matrices[name] = plain_matrix(layer, x)
+                bases[name] = plain_update(M, matrices[name], eps)
+            else:
+                matrices[name] = layer.representation(x)
+                bases[name] = self.script.update_basis(M, matrices[name], eps)
+        return matrices, bases
 
 
-def tasks_of(name):
-    """(number, images, labels, bases so far) of task 1 and of the last one, and a note on the ranks of the bases."""
-    (shape, n, _), form = BENCHMARKS[name], Form(name, False, torch.device("cpu"))
-    late = [(path.parent.name, ranks[-1]) for path in sorted((ROOT / "models" / name).glob("*/results.json"))
-            if len(ranks := json.loads(path.read_text())["ranks"]) == form.args.n_tasks]
-    run, ranks = [*late, ("no run: 0.7 of the widths", {layer: round(0.7 * len(M)) for layer, M in form.bases.items()})][0]
-    bases = {layer: torch.linalg.qr(torch.randn(len(M), ranks[layer]).double())[0] for layer, M in form.bases.items()}
-    x, y = torch.randn(n, *shape), torch.arange(n) % 5
-    return [(0, x, y, form.bases), (form.args.n_tasks - 1, x, y, bases)], f"{name}: {n:,} images in an epoch, ranks of {run}"
+def reference_ranks(name, form):
+    """Ranks at the last task, {layer: r}, and where they come from."""
+    for path in sorted((ROOT / "models" / "reference" / name).glob("*/results.json")):
+        ranks = json.loads(path.read_text(encoding="utf-8"))["ranks"]
+        if len(ranks) == form.args.n_tasks:
+            return ranks[-1], path.parent.name
+    ranks = {layer: round(0.7 * len(M)) for layer, M in form.M.items()}
+    return ranks, "no run: 0.7 of the widths"
 
 
+def assignments(name):
+    """The first task, the last one with random bases of realistic ranks, and a note on these."""
+    shape, n_images, _ = BENCHMARKS[name]
+    form = Form(name, False, torch.device("cpu"))
+    ranks, run = reference_ranks(name, form)
+    bases = {
+        layer: torch.linalg.qr(torch.randn(len(M), ranks[layer]).double())[0]
+        for layer, M in form.M.items()
+    }
+    x, y = torch.randn(n_images, *shape), torch.arange(n_images) % 5
+    first = Assignment(0, x, y, form.M)
+    last = Assignment(form.args.n_tasks - 1, x, y, bases)
+    return first, last, f"{name}: {n_images:,} images in an epoch, ranks of {run}"
+
+
+# Check and measurement ----------------------------------------------------------------------------
 def check(name, tasks, device):
-    """End the program with status 1 unless both forms come to the same numbers, with dropout off."""
+    """End the program with status 1 unless both forms come to the same numbers without dropout."""
     forms = [Form(name, plain, device, torch.float64) for plain in (False, True)]
-    for task, x, y, bases in tasks:
-        numbers = []
-        for form in forms:
-            for module in form.net.modules():
-                module.p = 0.0  # of dropout
-            form.start(task, x[:3], y[:3], {layer: M[:, : len(M) // 8] for layer, M in bases.items()})
-            form.train()
-            R, M = form.update(form.inputs())
-            numbers.append((dict(form.net.named_parameters()), R, {layer: B @ B.T for layer, B in M.items()}))
-        for what, here, plain in zip(("weight after a step", "representation matrix", "space of the basis"), *numbers):
-            for layer, P in plain.items():
-                if here[layer].shape != P.shape or not torch.linalg.norm(here[layer] - P) <= 1e-9 * torch.linalg.norm(P):
-                    raise SystemExit(f"benchmark.py: error: the two forms of {name} differ on task {task + 1}: {what}, {layer}")
+    for assignment in tasks:
+        here, plain = (numbers_of(form, assignment) for form in forms)
+        for quantity, expected in plain.items():
+            for layer, tensor in expected.items():
+                found = here[quantity][layer]
+                if not agree(found, tensor):
+                    raise SystemExit(
+                        f"benchmark.py: error: the two forms of {name} differ on task "
+                        f"{assignment.task + 1}: {quantity}, {layer}"
+                    )
+
+
+def numbers_of(form, assignment):
+    """{quantity: {layer: tensor}} after one step on three images."""
+    for module in form.net.modules():
+        module.p = 0.0  # of dropout
+    task, x, y, bases = assignment
+    few = {layer: M[:, : len(M) // 8] for layer, M in bases.items()}  # so that some space is left
+    form.start(task, x[:3], y[:3], few)
+    form.train()
+    R, M = form.update(form.inputs())
+    return {
+        "weight after a step": {key: W.detach().clone() for key, W in form.net.named_parameters()},
+        "representation matrix": R,
+        "space of the basis": {layer: basis @ basis.T for layer, basis in M.items()},
+    }
+
+
+def agree(a, b):
+    """Whether two tensors are equal up to rounding in float64."""
+    return a.shape == b.shape and torch.linalg.norm(a - b) <= 1e-9 * torch.linalg.norm(b)
 
 
 def race(work, forms, device):
-    """Median seconds of work(form), for each form, in at least 4 rounds and 2 seconds; the first round is not counted."""
-    synchronize, times = torch.cuda.synchronize if device.type == "cuda" else lambda: None, []
-    while len(times) < 4 or sum(map(sum, times)) < 2:
-        times.append([])
+    """Median seconds of work(form), for each form, in at least 4 rounds and 2 seconds.
+
+    The first round is not counted.
+    """
+    rounds = []
+    while len(rounds) < 4 or sum(map(sum, rounds)) < 2:
+        seconds = []
         for form in forms:
             torch.set_num_threads(form.threads)
             start = time.perf_counter()
             work(form)
-            synchronize()  # so the next one begins with nothing to wait for; what went before delays the first round only
-            times[-1].append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in zip(*times[1:])]
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # so the next one begins with nothing to wait for
+            seconds.append(time.perf_counter() - start)
+        rounds.append(seconds)
+    return [statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True)]
 
 
 def measure(name, device):
     """Cells {row: text} of the benchmark's column, and a note."""
-    tasks, note = tasks_of(name)
-    check(name, tasks, device)
-    forms, times = [Form(name, plain, device) for plain in (True, False)], {}
+    first, last, note = assignments(name)
+    check(name, [first, last], device)
+    forms = [Form(name, plain, device) for plain in (True, False)]
     args = forms[0].args
-    for row, (task, x, y, bases) in zip(("step of task 1", "step of the last task"), tasks):
+    cells = {}
+    for row, (task, x, y, bases) in ("step of task 1", first), ("step of the last task", last):
         n = min(BENCHMARKS[name][-1] * args.batch_size_train, len(x))
         for form in forms:
             form.start(task, x[:n], y[:n], bases)
-        times[row] = [1e3 * s * args.batch_size_train / n for s in race(lambda form: form.train(), forms, device)]
-    once = race(lambda form: form.start(task, x, y, bases), forms, device)
+        seconds = race(lambda form: form.train(), forms, device)
+        n_steps = n / args.batch_size_train
+        cells[row] = cell(*(1e3 * s / n_steps for s in seconds), "ms")
+    once = race(lambda form: form.start(*last), forms, device)
     epoch = race(lambda form: form.epoch(), forms, device)
-    times["epoch of the last task"] = [e + o / args.n_epochs for e, o in zip(epoch, once)]
+    seconds = (e + o / args.n_epochs for e, o in zip(epoch, once, strict=True))
+    cells["epoch of the last task"] = cell(*seconds, "s")
     inputs = {form: form.inputs() for form in forms}
-    times["update of the bases"] = race(lambda form: form.update(inputs[form]), forms, device)
-    return {row: f"{p:.3g} / {h:.3g} {'ms' if 'step' in row else 's'} = {p / h:.1f}" for row, (p, h) in times.items()}, note
+    seconds = race(lambda form: form.update(inputs[form]), forms, device)
+    cells["update of the bases"] = cell(*seconds, "s")
+    return cells, note
 
 
-def main():
-    parser = argparse.ArgumentParser(description="The scripts against a plain implementation")
+def cell(plain, here, unit):
+    """Text of the table: both times and their ratio."""
+    return f"{plain:.3g} / {here:.3g} {unit} = {plain / here:.1f}"
+
+
+# Main ---------------------------------------------------------------------------------------------
+def parse_args():
+    """Read the flags. Invalid values exit with status 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.error = lambda message: parser.exit(2, f"benchmark.py: error: {message}\n")
-    parser.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="what to measure")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure it")
+    names = list(BENCHMARKS)
+    parser.add_argument("--benchmarks", nargs="+", choices=names, default=names, help="which ones")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda cannot be used: torch sees no GPU")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as in the scripts
-    torch.backends.cudnn.deterministic = True
-    columns, notes = zip(*(measure(name, torch.device(args.device)) for name in args.benchmarks))
-    processor = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo 2>/dev/null | sed 's/.*: //' | grep . || uname -m")
-    git = f"cd '{ROOT}'; git rev-parse --short HEAD 2>/dev/null || echo unknown; git status --porcelain -- '*.py' 2>/dev/null"
-    commit, *changed = subprocess.getoutput(git).splitlines()
-    print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else processor}, threads: {THREADS}, "
-          f"torch {torch.__version__}, commit {commit}{' with changes' * bool(changed)}\n")
-    print("| plain / here = ratio |", " | ".join(args.benchmarks), "|\n|---|" + "---|" * len(columns))
+    return args
+
+
+def commit():
+    """The commit of the checkout, and whether its Python files have changed since."""
+    git = "git rev-parse --short HEAD && git status --porcelain -- '*.py'"
+    output = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout
+    number, _, changes = output.partition("\n")
+    return (number or "unknown") + " with changes" * bool(changes)
+
+
+def device_name(device):
+    """The name of the GPU, or of the processor where the system tells it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def main():
+    """Print a table with a column per benchmark."""
+    args = parse_args()
+    torch.backends.cudnn.deterministic = True  # these three as in the scripts
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    measured = [measure(name, torch.device(args.device)) for name in args.benchmarks]
+    columns, notes = zip(*measured, strict=True)
+    print(
+        f"{device_name(args.device)}, threads: {THREADS}, torch {torch.__version__}, "
+        f"commit {commit()}\n"
+    )
+    print("| plain / here = ratio |", " | ".join(args.benchmarks), "|")
+    print("|---|" + "---|" * len(columns))
     for row in columns[0]:
         print(f"| {row} |", " | ".join(column[row] for column in columns), "|")
     print("", *notes, sep="\n")

@@ -157,9 +157,8 @@ class Textbook:
     def train_epoch(self, task, x, y, lr):
         """A pass in random order. BatchNorm's own weights are trained on the first task only."""
         P = {name: M @ M.T for name, M in self.M.items()}
-        batchnorm = [
-            m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
-        ]
+        kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+        batchnorm = [module for module in self.model.modules() if isinstance(module, kinds)]
         frozen = {id(W) for module in batchnorm for W in module.parameters()} if task > 0 else {}
         trained = [W for W in self.model.parameters() if id(W) not in frozen]
         optimizer = torch.optim.SGD(trained, lr=lr)
