@@ -659,6 +659,7 @@ def test_figure_of_the_results(models):
     """A panel for each measured row: with and without projection, and the paper's point."""
     for seed in 1, 2:
         write(models, f"reference/pmnist/{seed}", ACC=90 + 2 * seed, BWT=-4.0, seed=seed)
+        write(models, f"reference/pmnist/lr_{seed}", lr=0.02, ACC=70, seed=seed)
     write(models, "reference/pmnist/0", results(ACC=50, BWT=-45, threshold=[0.0]))
     write(models, "cifar100_superclass/a", ACC=60)
     write(models, "pmnist_mine/2", mine(2, 95.0))
@@ -668,6 +669,7 @@ def test_figure_of_the_results(models):
     assert curves["GPM"][[0, 4, 9]] == pytest.approx([97, 93 + 4 / 5, 93])
     assert curves["without projection"][[0, 4, 9]] == pytest.approx([95, 50 + 45 / 5, 50])
     assert curves["pmnist_mine"][9] == pytest.approx(95)
+    assert [text.get_text() for text in pmnist.texts] == ["50.0", "93.0"]
     (paper,) = [c for c in pmnist.containers if c.get_label() == "GPM, paper"]
     assert [paper.lines[0].get_xdata()[0], paper.lines[0].get_ydata()[0]] == [10, 93.91]
     assert [line.get_label() for line in superclass.lines] == ["GPM, trained here"]
