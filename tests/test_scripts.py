@@ -1,6 +1,7 @@
 """Whole runs of the scripts on small files: results, output, names of runs."""
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -217,83 +218,7 @@ SHORT_PROTOCOL = {
         ("default=[24, 100, 125, 125]", "default=[6]"),
     ],
 }
-
-
-def make_comparable(bench, monkeypatch):
-    """Edit the script so that the short run has its default flags, and its data are complete."""
-    for old, new in SHORT_PROTOCOL[Path(bench.script.__file__).stem]:
-        bench.edit(old, new)
-    for name in bench.arrays:
-        official = raw.SETS[name]._replace(n_train=bench.short.n_train, n_test=bench.short.n_test)
-        monkeypatch.setitem(raw.SETS, name, official)
-
-
-def last_lines(capsys):
-    """What a run printed last, without the numbers of the run itself."""
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    return [re.sub(r"^(ACC|BWT) -?[\d.]+", r"\1", line) for line in lines]
-
-
-def test_a_run_of_the_protocol_is_set_beside_the_paper(pmnist, monkeypatch, capsys):
-    make_comparable(pmnist, monkeypatch)
-    folder = pmnist.run()
-    assert results_of(folder)["changed"] == {}
-    rank, *numbers = last_lines(capsys)
-    assert rank.startswith("  rank ")
-    assert numbers == ["ACC   (paper: 93.91 ± 0.16)", "BWT   (paper: -3 ± 0)"]
-
-
-def test_changed_flags_do_not_compare(pmnist, monkeypatch, capsys):
-    make_comparable(pmnist, monkeypatch)
-    pmnist.run("--lr", "0.02", "--pc_valid", "0.2")
-    reasons = "not comparable with the paper: --pc_valid, --lr"
-    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
-
-
-def test_incomplete_data_do_not_compare(pmnist, monkeypatch, capsys):
-    make_comparable(pmnist, monkeypatch)
-    monkeypatch.setitem(raw.SETS, "mnist", raw.SETS["mnist"]._replace(n_train=301))
-    pmnist.run()
-    reasons = "not comparable with the paper: incomplete mnist"
-    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
-
-
-def test_missing_test_images_alone_do_compare(pmnist, monkeypatch, capsys):
-    make_comparable(pmnist, monkeypatch)
-    monkeypatch.setitem(raw.SETS, "mnist", raw.SETS["mnist"]._replace(n_test=100))
-    pmnist.run()
-    assert "(paper: 93.91 ± 0.16)" in capsys.readouterr().out
-
-
-def test_correct_images_do_not_compare(tmp_path, monkeypatch, capsys):
-    superclass = Bench("main_cifar100_superclass", tmp_path)
-    make_comparable(superclass, monkeypatch)
-    superclass.run()
-    reasons = "not comparable with the paper: no --official_data"
-    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
-    superclass.run("--official_data", "--run_name", "official")
-    assert "(paper: 57.72, mean over 5 orders)" in capsys.readouterr().out
-
-
-@pytest.fixture
-def checkout(pmnist):
-    """pmnist, comparable, with its own dataloader, in a git checkout without changes."""
-    if not shutil.which("git"):
-        pytest.skip("git is not installed")
-    for old, new in SHORT_PROTOCOL["main_pmnist"]:
-        pmnist.edit(old, new)
-    loaders = pmnist.folder / "dataloader"
-    shutil.copytree(ROOT / "dataloader", loaders, ignore=shutil.ignore_patterns("__pycache__"))
-    code = (loaders / "raw.py").read_text()
-    assert '"mnist": Spec(60_000, 10_000,' in code
-    code = code.replace('"mnist": Spec(60_000, 10_000,', '"mnist": Spec(300, 60,')
-    (loaders / "raw.py").write_text(code)
-    shutil.copy(ROOT / ".gitignore", pmnist.folder)
-    git(pmnist.folder, "init", "--quiet")
-    git(pmnist.folder, "add", "main_pmnist.py", "dataloader", ".gitignore")
-    author = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
-    git(pmnist.folder, *author, "commit", "--quiet", "--message", "all")
-    return pmnist
+AUTHOR = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
 
 
 def git(folder, *command):
@@ -303,29 +228,132 @@ def git(folder, *command):
     return result.stdout.strip()
 
 
+def make_comparable(bench):
+    """Commit a copy of the script to a new repository, with defaults that make a short run.
+
+    The loaders are copied too, but only a process of its own uses the copies.
+    """
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+    for old, new in SHORT_PROTOCOL[Path(bench.script.__file__).stem]:
+        bench.edit(old, new)
+    caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "dataloader", bench.folder / "dataloader", ignore=caches)
+    shutil.copy(ROOT / ".gitignore", bench.folder)
+    git(bench.folder, "init", "--quiet")
+    commit_all(bench.folder)
+
+
+def commit_all(folder):
+    """Commit the code in the folder."""
+    git(folder, "add", "*.py")
+    git(folder, *AUTHOR, "commit", "--quiet", "--message", "code")
+
+
+def make_complete(bench, monkeypatch):
+    """Make the bench's small data sets as large as the official ones."""
+    for name in bench.arrays:
+        official = raw.SETS[name]._replace(n_train=bench.short.n_train, n_test=bench.short.n_test)
+        monkeypatch.setitem(raw.SETS, name, official)
+
+
+@pytest.fixture
+def comparable(pmnist, monkeypatch):
+    """pmnist, with a script whose short run is comparable with the paper."""
+    make_comparable(pmnist)
+    make_complete(pmnist, monkeypatch)
+    return pmnist
+
+
+def last_lines(capsys):
+    """What a run printed last, without the numbers of the run itself."""
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    return [re.sub(r"^(ACC|BWT) -?[\d.]+", r"\1", line) for line in lines]
+
+
+def test_a_run_of_the_protocol_is_set_beside_the_paper(comparable, capsys):
+    folder = comparable.run()
+    assert results_of(folder)["changed"] == {}
+    rank, *numbers = last_lines(capsys)
+    assert rank.startswith("  rank ")
+    assert numbers == ["ACC   (paper: 93.91 ± 0.16)", "BWT   (paper: -3 ± 0)"]
+
+
+def test_changed_flags_do_not_compare(comparable, capsys):
+    comparable.run("--lr", "0.02", "--pc_valid", "0.2")
+    reasons = "not comparable with the paper: --pc_valid, --lr"
+    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
+
+
+def test_incomplete_data_do_not_compare(comparable, monkeypatch, capsys):
+    monkeypatch.setitem(raw.SETS, "mnist", raw.SETS["mnist"]._replace(n_train=301))
+    comparable.run()
+    reasons = "not comparable with the paper: incomplete mnist"
+    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
+
+
+def test_missing_test_images_alone_do_compare(comparable, monkeypatch, capsys):
+    monkeypatch.setitem(raw.SETS, "mnist", raw.SETS["mnist"]._replace(n_test=100))
+    comparable.run()
+    assert "(paper: 93.91 ± 0.16)" in capsys.readouterr().out
+
+
+def test_correct_images_do_not_compare(tmp_path, monkeypatch, capsys):
+    superclass = Bench("main_cifar100_superclass", tmp_path)
+    make_comparable(superclass)
+    make_complete(superclass, monkeypatch)
+    superclass.run()
+    reasons = "not comparable with the paper: no --official_data"
+    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
+    superclass.run("--official_data", "--run_name", "official")
+    assert "(paper: 57.72, mean over 5 orders)" in capsys.readouterr().out
+
+
+def test_code_outside_of_a_checkout_does_not_compare(comparable, capsys):
+    shutil.rmtree(comparable.folder / ".git")
+    comparable.run()
+    reasons = "not comparable with the paper: uncommitted code"
+    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
+
+
+def test_code_that_changed_during_a_run_does_not_compare(comparable, monkeypatch, capsys):
+    comparable.stop(monkeypatch)
+    comparable.edit("SAVE_SECONDS = 30", "SAVE_SECONDS = 31")
+    commit_all(comparable.folder)
+    comparable.run()
+    reasons = "not comparable with the paper: code that changed during the run"
+    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
+
+
 def printed_by_process(bench, encoding, *flags):
     """What the script prints on a terminal of this encoding, where it must succeed."""
-    process = bench.process(*flags, encoding="utf-8", env={"PYTHONIOENCODING": encoding})
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONDONTWRITEBYTECODE": "1"}
+    process = bench.process(*flags, env=environment)
     out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
     return out
 
 
-def test_in_a_checkout_and_on_any_terminal(checkout):
-    out = printed_by_process(checkout, "ascii")
+def test_in_a_checkout_and_on_a_terminal_without_plus_minus(pmnist):
+    make_comparable(pmnist)
+    loader = pmnist.folder / "dataloader" / "raw.py"
+    code = loader.read_text()
+    assert '"mnist": Spec(60_000, 10_000,' in code
+    loader.write_text(code.replace('"mnist": Spec(60_000, 10_000,', '"mnist": Spec(300, 60,'))
+    commit_all(pmnist.folder)
+    out = printed_by_process(pmnist, "ascii")
     assert "(paper: 93.91 ? 0.16)" in out
-    (origin,) = results_of(checkout.run_folder())["origins"]
-    assert origin["commit"] == git(checkout.folder, "rev-parse", "HEAD")
+    (origin,) = results_of(pmnist.run_folder())["origins"]
+    assert origin["commit"] == git(pmnist.folder, "rev-parse", "HEAD")
     assert origin["dirty"] is False
-    assert "(paper: 93.91 ± 0.16)" in printed_by_process(checkout, "utf-8")  # finished
 
-    (checkout.folder / "README.md").touch()  # another file does not matter
-    with open(checkout.folder / "dataloader" / "pmnist.py", "a") as loader:
+    (pmnist.folder / "README.md").touch()  # another file does not matter, a loader does
+    with open(pmnist.folder / "dataloader" / "pmnist.py", "a") as loader:
         loader.write("# edited\n")
-    out = printed_by_process(checkout, "utf-8", "--run_name", "edited")
-    assert "\nnot comparable with the paper: uncommitted changes of the code\n" in out
+    out = printed_by_process(pmnist, "ascii", "--run_name", "edited")
+    assert "\nnot comparable with the paper: uncommitted code\n" in out
     assert "(paper" not in out
-    (origin,) = results_of(checkout.run_folder("edited"))["origins"]
+    (origin,) = results_of(pmnist.run_folder("edited"))["origins"]
     assert origin["dirty"] is True
 
 
