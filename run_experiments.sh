@@ -42,7 +42,7 @@ if (return 0) 2>/dev/null; then
     return
 fi
 
-set -uf
+set -u
 CDPATH= cd -- "$(dirname -- "$0")" || exit
 
 fail() { # STATUS MESSAGE
@@ -120,7 +120,7 @@ make_environment() { # FILE...: make .venv, or mend one that is incomplete or wa
     local outer packages
     outer=$(outer_python) || fail 1 "there is no Python from 3.10 on: install one, then try again"
     # Links to a Python that is gone would be kept.
-    (set +f && rm -f .venv/bin/python*)
+    rm -f .venv/bin/python*
     "$outer" -m venv .venv || return
     packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     if inventory "$outer" requirements.txt | grep -q "^has torch=="; then
