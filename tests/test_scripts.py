@@ -325,36 +325,35 @@ def test_code_that_changed_during_a_run_does_not_compare(comparable, monkeypatch
     assert last_lines(capsys) == [reasons, "ACC", "BWT"]
 
 
-def printed_by_process(bench, encoding, *flags):
-    """What the script prints on a terminal of this encoding, where it must succeed."""
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONDONTWRITEBYTECODE": "1"}
-    process = bench.process(*flags, env=environment)
-    out, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
-    return out
+def test_uncommitted_code_does_not_compare(comparable, capsys):
+    comparable.run()
+    (comparable.folder / "README.md").touch()  # another file does not matter, a loader does
+    comparable.run("--run_name", "beside")
+    assert "(paper" in capsys.readouterr().out
+    with open(comparable.folder / "dataloader" / "pmnist.py", "a") as loader:
+        loader.write("# edited\n")
+    edited = comparable.run("--run_name", "edited")
+    reasons = "not comparable with the paper: uncommitted code"
+    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
+
+    commit = git(comparable.folder, "rev-parse", "HEAD")
+    for folder, dirty in (comparable.run_folder("beside"), False), (edited, True):
+        (origin,) = results_of(folder)["origins"]
+        assert (origin["commit"], origin["dirty"]) == (commit, dirty)
 
 
-def test_in_a_checkout_and_on_a_terminal_without_plus_minus(pmnist):
+def test_a_terminal_without_plus_minus(pmnist):
     make_comparable(pmnist)
     loader = pmnist.folder / "dataloader" / "raw.py"
     code = loader.read_text()
     assert '"mnist": Spec(60_000, 10_000,' in code
     loader.write_text(code.replace('"mnist": Spec(60_000, 10_000,', '"mnist": Spec(300, 60,'))
     commit_all(pmnist.folder)
-    out = printed_by_process(pmnist, "ascii")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONDONTWRITEBYTECODE": "1"}
+    process = pmnist.process(env=environment)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
     assert "(paper: 93.91 ? 0.16)" in out
-    (origin,) = results_of(pmnist.run_folder())["origins"]
-    assert origin["commit"] == git(pmnist.folder, "rev-parse", "HEAD")
-    assert origin["dirty"] is False
-
-    (pmnist.folder / "README.md").touch()  # another file does not matter, a loader does
-    with open(pmnist.folder / "dataloader" / "pmnist.py", "a") as loader:
-        loader.write("# edited\n")
-    out = printed_by_process(pmnist, "ascii", "--run_name", "edited")
-    assert "\nnot comparable with the paper: uncommitted code\n" in out
-    assert "(paper" not in out
-    (origin,) = results_of(pmnist.run_folder("edited"))["origins"]
-    assert origin["dirty"] is True
 
 
 # Output -------------------------------------------------------------------------------------------
