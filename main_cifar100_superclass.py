@@ -5,8 +5,8 @@
 benchmark   20 tasks, the superclasses of CIFAR-100 with 5 classes each, one head per task
 network     LeNet-like: 2 convolutions, 2 linear layers, 3.0 M parameters
 paper       arXiv 2103.09762: ACC 57.72, mean over 5 orders of the tasks (--t_order)
-measured    --official_data: 57.49 ± 0.48 / -1.21 (5 orders), 66 min (CPU x86_64, 1 thread)
-            correct images: 60.77 ± 1.17 / -1.87 (5 orders), 76 min (CPU x86_64, 1 or 2 threads)
+measured    --official_data: 57.49 ± 0.48 / -1.21 (5 orders), 66 min (CPU, 1 thread)
+            correct images: 60.77 ± 1.17 / -1.87 (5 orders), 76 min (CPU, 1 or 2 threads)
 output      models/cifar100_superclass/<run name>/results.json; the same command continues a
             stopped run
 
