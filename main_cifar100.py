@@ -25,6 +25,7 @@ Sections 3 and 5 to 8 are the same in the other scripts, but for what main_pmnis
 
 # 1. Imports ---------------------------------------------------------------------------------------
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -541,8 +542,10 @@ class Run:
             self.lock.acquire(timeout=0)
         except Timeout:
             fail(f"another process is at work in {self.folder}: wait, or choose another --run_name")
-        except NotImplementedError:
-            pass  # a file system without locks
+        except (NotImplementedError, OSError) as error:
+            # A file system without locks is used without one.
+            if isinstance(error, OSError) and error.errno != errno.ENOLCK:
+                raise
         if (self.folder / "checkpoint.pt").exists():
             self.resume()
         self.announce()
