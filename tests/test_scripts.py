@@ -218,7 +218,7 @@ SHORT_PROTOCOL = {
         ("default=[24, 100, 125, 125]", "default=[6]"),
     ],
 }
-AUTHOR = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+SETTINGS = ["user.name=nobody", "user.email=nobody@localhost", "commit.gpgsign=false"]
 
 
 def git(folder, *command):
@@ -247,7 +247,8 @@ def make_comparable(bench):
 def commit_all(folder):
     """Commit the code in the folder."""
     git(folder, "add", "*.py")
-    git(folder, *AUTHOR, "commit", "--quiet", "--message", "code")
+    options = [word for setting in SETTINGS for word in ("-c", setting)]
+    git(folder, *options, "commit", "--quiet", "--message", "code")
 
 
 def make_complete(bench, monkeypatch):
