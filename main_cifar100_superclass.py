@@ -33,6 +33,7 @@ VARIANT; defaults of the flags.
 
 # 1. Imports ---------------------------------------------------------------------------------------
 import argparse
+import copy
 import errno
 import hashlib
 import io
@@ -457,8 +458,7 @@ def train_task(model, train, valid, args, progress, end_epoch):
             fail(f"the loss became {loss + valid_loss}: try an --lr below {args.lr}", status=1)
         if valid_loss < progress.best_loss or args.lr_patience == 0:
             progress.best_loss, progress.waited = valid_loss, 0
-            state = model.state_dict()
-            progress.best_weights = {key: value.clone() for key, value in state.items()}
+            progress.best_weights = copy.deepcopy(model.state_dict())
         else:
             progress.waited += 1
             if progress.waited == args.lr_patience:
@@ -687,6 +687,8 @@ class Run:
     def report(self):
         """Print ACC and BWT: beside the paper's, or with the reasons why they do not compare."""
         reasons = [f"--{flag}" for flag in self.args.changed]
+        if self.results["script"] != f"main_{self.results['benchmark']}":
+            reasons.append(f"{self.results['script']} is another script")
         data = self.results["data"].values()
         reasons += sorted({f"incomplete {part['set']}" for part in data if not part["complete"]})
         if not getattr(self.args, "official_data", True):  # a flag of two of the scripts

@@ -165,6 +165,8 @@ def checked(name, arrays):
 # Other sources ------------------------------------------------------------------------------------
 def find(name, data_dir):
     """Return the arrays of a data set without prepared ones, and their source. Raises DataError."""
+    if name not in RELEASES:
+        raise DataError(f"{data_dir / name}.npz is missing, and {name} has no other source")
     if locate(name, data_dir):
         return checked(name, read_official(name, data_dir)), "released files in the data folder"
     sources = {NOTMNIST_URL if name == "notmnist" else "torchvision's download": download}

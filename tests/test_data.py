@@ -294,6 +294,15 @@ def test_packages_are_only_fetched_and_verified(
     assert commands == [[*python, *client.split(), package]] * 2
 
 
+def test_a_set_that_exists_as_prepared_arrays_alone(tmp_path, monkeypatch):
+    """As a reader of the loaders would add one: an entry in SETS, and no released files."""
+    monkeypatch.setitem(raw.SETS, "kmnist", raw.SETS["mnist"])
+    with pytest.raises(DataError, match=f"^{tmp_path}/kmnist.npz is missing"):
+        load_raw("kmnist", tmp_path)
+    write_npz(tmp_path, "kmnist", small_arrays("kmnist", 30, 20))
+    assert len(load_raw("kmnist", tmp_path).x_train) == 30
+
+
 def test_the_error_says_what_was_tried_and_what_to_do(tmp_path, monkeypatch):
     failed = Mock(returncode=1, stderr="ERROR:\n  no such\n  version")
     monkeypatch.setattr(subprocess, "run", Mock(return_value=failed))
