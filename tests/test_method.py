@@ -608,6 +608,8 @@ def test_layers_without_a_basis_are_named(method):
     )
     model.heads = nn.ModuleList([nn.Linear(20, 3)])
     assert method.unprotected_layers(model) == ["2", "3", "heads.0"]
+    model.scale = nn.Parameter(torch.ones(1))
+    assert method.unprotected_layers(model)[0] == "the model itself"
     assert list(method.projected_layers(model)) == ["0", "4"]
 
 
