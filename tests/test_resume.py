@@ -257,7 +257,8 @@ def test_a_second_process_is_refused(pmnist, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:flock not supported")
-def test_a_file_system_without_locks(pmnist, monkeypatch):
-    no_locks = OSError(errno.ENOSYS, "no locks on this file system")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks(pmnist, number, monkeypatch):
+    no_locks = OSError(number, "no locks on this file system")
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=no_locks))
     assert results_of(pmnist.run())["finished"]

@@ -310,6 +310,14 @@ def test_correct_images_do_not_compare(tmp_path, monkeypatch, capsys):
     assert "(paper: 57.72, mean over 5 orders)" in capsys.readouterr().out
 
 
+def test_another_script_does_not_compare(comparable, capsys):
+    comparable.edit("return G - G @ M @ M.T", "return G", name="main_pmnist_mine")
+    commit_all(comparable.folder)
+    comparable.run()
+    reasons = "not comparable with the paper: main_pmnist_mine is another script"
+    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
+
+
 def test_code_outside_of_a_checkout_does_not_compare(comparable, capsys):
     shutil.rmtree(comparable.folder / ".git")
     comparable.run()
