@@ -437,7 +437,7 @@ def test_default_run_names(script, flags, name):
 
 def test_a_long_run_name_is_cut_and_stays_unique(tmp_path):
     parse_args = load_script(ROOT / "main_five_datasets.py").parse_args
-    thresholds = [f"0.9{i:02d}" for i in range(20)]
+    thresholds = [f"0.9{i:02d}125" for i in range(20)]
     samples = [str(100 + i) for i in range(20)]
     names = set()
     for last in "125", "126":
@@ -446,4 +446,4 @@ def test_a_long_run_name_is_cut_and_stays_unique(tmp_path):
         (tmp_path / args.run_name).mkdir()
         names.add(args.run_name)
     assert len(names) == 2
-    assert all(name.startswith("seed_37_threshold_0.9_0.901_") for name in names)
+    assert all(name.startswith("seed_37_threshold_0.900125_0.901125_") for name in names)
