@@ -81,6 +81,20 @@ TEST_IMAGES = {
 }
 SLACK = 0.01  # for notMNIST, the size of whose released file is known roughly
 
+# The code that is the published method: the digests that digest_of_code() of each script gave. An
+# edited script can keep the published flags and widths; only by its digest is it told apart. Add
+# the digest of a new version here if it computes the same numbers. If not, measure anew with it,
+# and remove the old digests together with their runs in models/reference.
+PUBLISHED_CODE = {
+    "main_pmnist": (
+        "22a653a159aa0bf8",  # commit b251346, of the runs in models/reference
+        "be1daaacc2c07eaf",
+    ),
+    "main_cifar100": ("8593d5a9c1526890",),
+    "main_cifar100_superclass": ("1b2293e1543b9743",),
+    "main_five_datasets": ("c5e081e7d455c3c0",),
+}
+
 # Results of the first form name a commit instead of their code. The scripts of these commits
 # compute the same up to rounding, so they count as one. Short runs of Superclass (order 0, 2 tasks,
 # 5 epochs, 1 thread) gave equal accuracies and ranks, except for those of 8e7ef98: it differs from
@@ -232,7 +246,7 @@ class Run:
         self.sample = self.seed, self.order
         self.row_key = self.benchmark, bool(self.args.get("official_data"))
         self.code = code_of(self.form, self.origins)
-        self.uncommitted = any(origin["dirty"] for origin in self.origins)
+        self.uncommitted = any(o["dirty"] or not o["commit"] for o in self.origins)
         self.devices = {
             (origin["device"]["type"], origin["device"]["name"], origin["device"]["threads"])
             for origin in self.origins
@@ -349,7 +363,26 @@ def differences(run):
         texts.append(f"layer widths {' '.join(map(str, widths))}")
     if run.form == 1 and run.benchmark in BATCHNORM:
         texts.append("fixed validation batches")
+    if run.form == 2 and not run.own:
+        texts += code_differences(run)
     return texts
+
+
+def code_differences(run):
+    """Why the code of a run is not known to be the published method, as texts."""
+    texts, codes = [], run.code.split("+")
+    if not set(codes) <= set(PUBLISHED_CODE[run.script]):
+        texts.append(f"edited code {short(run.code)}")
+    if len(codes) > 1:
+        texts.append("code changed during the run")
+    if run.uncommitted:
+        texts.append("uncommitted code")
+    return texts
+
+
+def short(code):
+    """The first digits of each digest in a run's code."""
+    return "+".join(digest[:8] for digest in code.split("+"))
 
 
 def flag_text(flag, value):
@@ -369,8 +402,8 @@ def setting(run):
     args = {flag: simple_form(value) for flag, value in run.args.items() if flag not in SAMPLES}
     images = sorted({(p["set"], p["complete"], p["test"]) for p in run.data.values()})
     kinds = sorted({kind for kind, *_ in run.devices})
-    common = [run.benchmark, run.script, args, run.widths, run.form, run.code, kinds, images]
-    return json.dumps(common, sort_keys=True)
+    protocol = [run.benchmark, run.script, args, run.widths, run.differences]
+    return json.dumps([protocol, run.form, run.code, kinds, images], sort_keys=True)
 
 
 # 5. Which runs count, and which are averaged ------------------------------------------------------
@@ -527,8 +560,6 @@ def within_tolerance(runs, row):
     """yes, no, or why there is no answer."""
     if row.tolerance is None:
         return "-"
-    if any(run.uncommitted for run in runs):
-        return "code not committed"
     needed = NEEDED[noun(runs)]
     if len(ACCs(runs)) < needed:
         return f"fewer than {needed} {noun(runs)}s"
@@ -636,11 +667,6 @@ def describe_all(groups):
     return rows
 
 
-def short(code):
-    """The first digits of each digest in a run's code."""
-    return "+".join(digest[:8] for digest in code.split("+"))
-
-
 def remarks(groups):
     """Lines on test images that are missing, and on code that was changed."""
     lines = []
@@ -731,6 +757,11 @@ def others_table(own, reference):
             "- `--threshold 0`: without projection, but with GPM's hyperparameters and with "
             "BatchNorm frozen after the first task: a lower bound of what plain SGD can do."
         )
+    if any("edited code" in row["Not as published"] for row in rows):
+        below.append(
+            "- Edited code: the script or its loaders are not those of the published method, so "
+            "the numbers do not compare with the paper's. models/report.py lists the digests."
+        )
     return Table("Other settings", columns, rows, below)
 
 
@@ -756,10 +787,9 @@ def sweep_points(reference, flag):
     """
     points = []
     for group in reference.sweep:
-        args = group[0].args
-        differing = set(differing_flags("pmnist", args, group[0].changed))
-        value = simple_form(args[flag])
-        if differing <= {flag} and not isinstance(value, list):
+        others = [text for text in group[0].differences if not text.startswith(f"--{flag} ")]
+        value = simple_form(group[0].args[flag])
+        if not others and not isinstance(value, list):
             points.append((value, group))
     return sorted(points, key=lambda point: point[0])
 
@@ -833,27 +863,25 @@ def markdown_report(own, reference, other_methods):
     return "\n".join(parts)
 
 
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-}
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+    }
+)
 
 
 def latex_text(text):
     """Text for LaTeX: `code` in typewriter, and minus signs that are none of hyphens."""
-    parts = text.split("`")
-    for i, part in enumerate(parts):
-        part = part.translate(str.maketrans(LATEX))
-        if i % 2:
-            part = f"\\texttt{{{part.replace('--', '-{}-')}}}"
-        else:
-            part = re.sub(r"(?<![\w-])-(?=\d)", "$-$", part)
-        parts[i] = "".join(part)
-    text = "".join(parts)
-    return "--" if text == "-" else text
+    if text == "-":
+        return "--"
+    parts = [part.translate(LATEX) for part in text.split("`")]
+    parts[::2] = [re.sub(r"(?<![\w-])-(?=\d)", "$-$", part) for part in parts[::2]]
+    parts[1::2] = [f"\\texttt{{{part.replace('--', '-{}-')}}}" for part in parts[1::2]]
+    return "".join(parts)
 
 
 def latex(table):

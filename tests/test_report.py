@@ -20,6 +20,8 @@ import report  # noqa: E402
 
 CPU = {"type": "cpu", "name": "x86_64", "threads": 1}
 GPU = {"type": "cuda", "name": "NVIDIA H200", "threads": 8}
+CODE = report.PUBLISHED_CODE["main_pmnist"][0]
+EDITED = "1" * 16
 GPM = [
     "93.91 ± 0.16 / -3",
     "72.48 ± 0.40 / -0.9",
@@ -67,6 +69,11 @@ def data_of(benchmark, partial=(), tests=None):
     }
 
 
+def origin(code=CODE, device=CPU, dirty=False, commit="c" * 40):
+    """One process that worked on a run."""
+    return {"code": code, "commit": commit, "dirty": dirty, "device": device}
+
+
 def results(benchmark="pmnist", ACC=90.0, BWT=-3.0, done=None, **more):
     """A results.json of format 2, by default of a finished run of the published protocol.
 
@@ -79,7 +86,6 @@ def results(benchmark="pmnist", ACC=90.0, BWT=-3.0, done=None, **more):
     done = n_tasks if done is None else done
     acc = matrix(ACC, BWT, done, n_tasks)
     widths = {f"layer{i}": d for i, d in enumerate(report.WIDTHS[benchmark])}
-    origin = {"code": "a" * 16, "commit": "c" * 40, "dirty": False, "device": CPU}
     content = {
         "format": 2,
         "benchmark": benchmark,
@@ -87,7 +93,7 @@ def results(benchmark="pmnist", ACC=90.0, BWT=-3.0, done=None, **more):
         "args": args,
         "changed": {},
         "data": data_of(benchmark),
-        "origins": [origin],
+        "origins": [origin(report.PUBLISHED_CODE[f"main_{benchmark}"][0])],
         "widths": widths,
         "accuracy_matrix": acc,
         "ACC": np.mean(acc[-1]) if done == n_tasks else ACC - BWT / done if done else None,
@@ -98,11 +104,6 @@ def results(benchmark="pmnist", ACC=90.0, BWT=-3.0, done=None, **more):
         "finished": done == n_tasks,
     }
     return content | more
-
-
-def origin(code="a" * 16, device=CPU, dirty=False):
-    """One process that worked on a run."""
-    return {"code": code, "commit": "c" * 40, "dirty": dirty, "device": device}
 
 
 def write(models, place, content=None, figure=True, **more):
@@ -243,11 +244,18 @@ def test_one_file_of_three_with_other_args_is_not_averaged(models, capsys):
     assert column(text, "Other settings", "Here: ACC / BWT") == ["93.00 / -3.00 (1 seed)"]
 
 
-def test_runs_of_other_code_are_not_averaged(models, capsys):
-    """project() was changed between the two seeds, and committed."""
-    write(models, "reference/pmnist/1", ACC=94, seed=1)
-    for seed in 1, 2:
-        code = "b" * 16 if seed == 2 else "a" * 16
+@pytest.fixture
+def two_versions(monkeypatch):
+    """The digests of two versions of main_pmnist that count as the published method."""
+    codes = "a" * 16, "b" * 16
+    monkeypatch.setitem(report.PUBLISHED_CODE, "main_pmnist", codes)
+    return codes
+
+
+def test_two_versions_of_a_script_are_not_averaged(models, capsys, two_versions):
+    first, second = two_versions
+    write(models, "reference/pmnist/1", ACC=94, seed=1, origins=[origin(first)])
+    for seed, code in (1, first), (2, second):
         write(models, f"pmnist/{seed}", ACC=95 - seed, seed=seed, origins=[origin(code)])
     text = run_report(capsys, models)
     found = [(r["Benchmark"], r["Here: ACC / BWT"]) for r in rows(text, "Trained here")]
@@ -259,14 +267,65 @@ def test_runs_of_other_code_are_not_averaged(models, capsys):
     assert "code aaaaaaaa, the reference's" not in text
 
 
-def test_uncommitted_or_changing_code_is_named(models, capsys):
-    both = [origin("a" * 16), origin("b" * 16, dirty=True)]
+def test_edited_code_is_not_the_published_method(models, capsys):
+    """Another learning rate schedule was written into the script and committed."""
     for seed in 1, 2, 3:
-        write(models, f"pmnist/{seed}", ACC=94, seed=seed, origins=both)
+        write(models, f"reference/cifar100/{seed}", ACC=72 + seed / 10, seed=seed)
+        edited = results("cifar100", ACC=72.5, seed=seed, origins=[origin(EDITED)])
+        write(models, f"cifar100/{seed}", edited)
     text = run_report(capsys, models)
-    assert column(text, "Trained here", "Within tolerance") == ["code not committed"]
-    assert "the code was not committed." in text
-    assert "the code was changed during the runs." in text
+    assert not rows(text, "Trained here") and "the reference (expected" not in text
+    (row,) = rows(text, "Other settings")
+    assert row["Not as published"] == "edited code 11111111"
+    assert row["Here: ACC / BWT"] == "72.50 ± 0.00 / -3.00 (3 seeds)"
+    assert not row.keys() & {"Paper: ACC / BWT", "Difference", "Within tolerance"}
+    assert "- Edited code: " in text
+    lines = csv.DictReader(io.StringIO(run_report(capsys, models, "--csv")))
+    settings = {line["run"]: line["setting"] for line in lines}
+    assert settings["cifar100/1"] == "edited code 11111111"
+    assert settings["reference/cifar100/1"] == "as published"
+
+
+def test_edited_code_in_the_reference_is_no_reference(models, capsys):
+    write(models, "reference/pmnist/2", origins=[origin(EDITED)])
+    write(models, "pmnist/2")
+    text = run_report(capsys, models)
+    assert column(text, "Reference", "Here: ACC / BWT", "Permuted") == ["not measured yet"]
+    assert column(text, "Trained here", "Reference") == ["-"]
+    assert not rows(text, "Accuracy on the first task")
+
+
+@pytest.mark.parametrize(
+    "origins, expected",
+    [
+        ([origin("a" * 16, device=GPU), origin("a" * 16)], []),
+        ([origin("a" * 16), origin("b" * 16)], ["code changed during the run"]),
+        (
+            [origin("a" * 16), origin(EDITED)],
+            ["edited code 11111111+aaaaaaaa", "code changed during the run"],
+        ),
+        ([origin("a" * 16), origin("a" * 16, dirty=True)], ["uncommitted code"]),
+        ([origin("a" * 16, commit="")], ["uncommitted code"]),
+        ([origin(EDITED, dirty=True)], ["edited code 11111111", "uncommitted code"]),
+        ([origin(report.PUBLISHED_CODE["main_cifar100"][0])], None),
+    ],
+)
+def test_each_process_must_have_run_the_published_code(models, two_versions, origins, expected):
+    write(models, "pmnist/2", origins=origins)
+    ((run,),) = collections(models)[0].groups
+    if expected is None:  # the published code, but of another script
+        expected = [f"edited code {origins[0]['code'][:8]}"]
+    assert run.differences == expected
+    assert run.published == (not expected)
+
+
+def test_uncommitted_runs_are_not_averaged_with_committed_ones(models, capsys):
+    """Of the same code, if its digest is right."""
+    write(models, "pmnist/1", seed=1)
+    write(models, "pmnist/2", seed=2, origins=[origin(dirty=True)])
+    text = run_report(capsys, models)
+    assert column(text, "Trained here", "Here: ACC / BWT") == ["90.00 / -3.00 (1 seed)"]
+    assert column(text, "Other settings", "Not as published") == ["uncommitted code"]
 
 
 @pytest.mark.parametrize(
@@ -388,6 +447,7 @@ def test_the_results_of_the_repository_can_be_read():
     reference = report.collect(SCRIPT.parent / "reference", prefix="reference/")
     assert len(reference.runs) >= 15
     assert not [note for note in reference.notes if "cannot be read" in note]
+    assert not [run.place for run in reference.runs if "edited code" in " ".join(run.differences)]
 
 
 # The user's own runs ------------------------------------------------------------------------------
@@ -409,7 +469,8 @@ def test_a_single_run_is_judged_by_the_reference(models, capsys):
     assert row["Difference"] == "-0.91"
     assert row["Within tolerance"] == "fewer than 3 seeds"
     assert "ACC 93.00 agrees with the reference (expected 91.3 to 95.9)." in text
-    (folder / "results.json").write_text(json.dumps(results(ACC=91.3)))
+    shutil.rmtree(folder)
+    write(models, "pmnist/seed_2", ACC=91.3)
     assert "ACC 91.30 differs from the reference (expected 91.3" in run_report(capsys, models)
 
 
@@ -462,6 +523,17 @@ def test_a_method_without_gpm_of_the_same_seeds(models, capsys):
     write(models, "pmnist_mine/seed_2", mine(2, 93.0))
     row = rows(run_report(capsys, models), "Own methods")[0]
     assert row["GPM, same seeds"] == "no run of these seeds" and row["Difference"] == "-"
+
+
+def test_a_method_of_ones_own_has_other_code(models, capsys):
+    """It is compared with GPM as published, not with runs of an edited main_pmnist.py."""
+    write(models, "pmnist/seed_2", origins=[origin(EDITED)])
+    write(models, "pmnist_mine/seed_2", mine(2, 93.0, origins=[origin(EDITED, dirty=True)]))
+    text = run_report(capsys, models)
+    row = rows(text, "Own methods")[0]
+    assert row["Not as published"] == "-" and row["Benchmark"] == "Permuted MNIST"
+    assert row["GPM, same seeds"] == "no run of these seeds"
+    assert "- Permuted MNIST: the code was not committed." in text
 
 
 # What does not count ------------------------------------------------------------------------------
@@ -557,7 +629,7 @@ def test_a_file_that_is_no_result_is_named_and_skipped(models, capsys, content):
 
 # The sweep ----------------------------------------------------------------------------------------
 def write_sweep(models):
-    """Two values of eps with two seeds each, one of n_s, and a run that is of no sweep."""
+    """Two values of eps with two seeds each, one of n_s, and two runs that are of no sweep."""
     sweep = "reference/sweep/pmnist"
     for name, eps in ("a", 0.9), ("b", 0.5):  # not in order of eps
         for seed in 1, 2:
@@ -565,6 +637,7 @@ def write_sweep(models):
             write(models, f"{sweep}/{name}_{seed}", results(**flags))
     write(models, f"{sweep}/n_10", results(n_samples=[10], ACC=80))
     write(models, f"{sweep}/both", results(n_samples=[10], threshold=[0.7]))
+    write(models, f"{sweep}/edited", results(threshold=[0.7], origins=[origin(EDITED)]))
 
 
 def test_the_sweep_has_tables_of_its_own(models, capsys):
@@ -614,7 +687,7 @@ def test_csv_has_each_accuracy_of_the_runs_that_count(models, capsys):
         "trained_task": "2",
         "tested_task": "1",
         "accuracy": "93",
-        "code": "a" * 16,
+        "code": CODE,
     }
     curve = [float(line["accuracy"]) for line in first if line["tested_task"] == "4"]
     assert curve == [96] + [93] * 6
@@ -661,6 +734,10 @@ def test_figure_of_the_results(models):
         write(models, f"reference/pmnist/{seed}", ACC=90 + 2 * seed, BWT=-4.0, seed=seed)
         write(models, f"reference/pmnist/lr_{seed}", lr=0.02, ACC=70, seed=seed)
     write(models, "reference/pmnist/0", results(ACC=50, BWT=-45, threshold=[0.0]))
+    for seed in 1, 2, 3:  # in no panel
+        edited = {"seed": seed, "origins": [origin(EDITED)]}
+        write(models, f"pmnist/gpm_{seed}", results(**edited))
+        write(models, f"pmnist/without_{seed}", results(threshold=[0.0], **edited))
     write(models, "cifar100_superclass/a", ACC=60)
     write(models, "pmnist_mine/2", mine(2, 95.0))
     pmnist, superclass = report.draw_results(*collections(models)).axes
@@ -670,6 +747,7 @@ def test_figure_of_the_results(models):
     assert curves["without projection"][[0, 4, 9]] == pytest.approx([95, 50 + 45 / 5, 50])
     assert curves["pmnist_mine"][9] == pytest.approx(95)
     assert [text.get_text() for text in pmnist.texts] == ["50.0", "93.0"]
+    assert "GPM, trained here" not in pmnist.get_legend_handles_labels()[1]
     (paper,) = [c for c in pmnist.containers if c.get_label() == "GPM, paper"]
     assert [paper.lines[0].get_xdata()[0], paper.lines[0].get_ydata()[0]] == [10, 93.91]
     assert [line.get_label() for line in superclass.lines] == ["GPM, trained here"]
@@ -715,15 +793,17 @@ def test_each_run_is_drawn_once(models, capsys, monkeypatch):
 
 
 def test_figures_that_cannot_be_written(models, capsys):
-    """Those of runs are a pity, the one that was asked for is an error; the tables come anyway."""
+    """Those of runs are a pity, the one that was asked for is an error; all else comes anyway."""
     (write(models, "pmnist/5", seed=5, figure=False) / "accuracy.png.part").mkdir()
+    folder = write(models, "pmnist/6", seed=6, figure=False)
     run_report(capsys, models)
     refused = models / "refused.svg"
     refused.mkdir()
     with pytest.raises(SystemExit, match="2"):
         run_report(capsys, models, "--figure", refused)
     out, err = capsys.readouterr()
-    assert "(1 seed)" in out
+    assert "(2 seeds)" in out
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert err.count("\n") == err.count(": cannot write ") == 2
     assert not refused.with_name("refused.svg.part").exists()
 
@@ -786,7 +866,6 @@ def test_bad_flags_end_in_one_line(capsys, flags):
 def test_as_a_program(models):
     """A reader that stops early, then a stream that cannot show ±."""
     write_reference(models)
-    folder = write(models, "pmnist/2", figure=False)
     folders = ["--models_dir", models, "--reference", models / "reference"]
     command = [sys.executable, "-E", SCRIPT, *folders]  # -E: output is buffered
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -796,7 +875,6 @@ def test_as_a_program(models):
     done = subprocess.run(command, capture_output=True)
     assert done.returncode == 0 and done.stderr == b""
     assert b"93.60 ? 0.46" in done.stdout
-    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
 def load_script(path):
@@ -807,7 +885,34 @@ def load_script(path):
     return module
 
 
-def test_results_of_the_scripts(tmp_path, models, capsys):
+def loaders():
+    """The data loaders that are imported, {name: module}."""
+    return {name: sys.modules[name] for name in sys.modules if name.split(".")[0] == "dataloader"}
+
+
+@pytest.fixture
+def fresh_loaders():
+    """No loader is imported, as in a new process: the digest of a script includes all that are."""
+    before = loaders()
+    for name in before:
+        del sys.modules[name]
+    yield
+    for name in loaders():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.mark.parametrize("benchmark", report.BENCHMARKS)
+def test_the_scripts_are_the_published_code(benchmark, fresh_loaders):
+    name = f"main_{benchmark}"
+    digest = load_script(ROOT / f"{name}.py").digest_of_code()
+    assert digest in report.PUBLISHED_CODE[name], (
+        f"{name}.py or its loaders were changed: their digest is now {digest}. If the numbers of "
+        "the method are unchanged, add it to PUBLISHED_CODE in models/report.py; else measure anew."
+    )
+
+
+def test_results_of_the_scripts(tmp_path, models):
     """A run of main_pmnist.py and one of a copy of it, as a user would make one."""
     rng = np.random.default_rng(0)
     arrays = {}
@@ -827,6 +932,6 @@ def test_results_of_the_scripts(tmp_path, models, capsys):
         ("main_pmnist_mine", True, True),
     ]
     for run in own.runs:
-        assert run.differences == ["--n_epochs 1", "--n_tasks 2"] and run.partial == ["mnist"]
+        assert run.differences[:2] == ["--n_epochs 1", "--n_tasks 2"] and run.partial == ["mnist"]
         assert run.place.split("/")[0] == run.script.removeprefix("main_")
     assert own.runs[0].code == own.runs[1].code
