@@ -629,7 +629,7 @@ def test_a_file_that_is_no_result_is_named_and_skipped(models, capsys, content):
 
 # The sweep ----------------------------------------------------------------------------------------
 def write_sweep(models):
-    """Two values of eps with two seeds each, one of n_s, and two runs that are of no sweep."""
+    """Two values of eps with two seeds each, one of n_s, and three runs that are of no sweep."""
     sweep = "reference/sweep/pmnist"
     for name, eps in ("a", 0.9), ("b", 0.5):  # not in order of eps
         for seed in 1, 2:
@@ -638,6 +638,7 @@ def write_sweep(models):
     write(models, f"{sweep}/n_10", results(n_samples=[10], ACC=80))
     write(models, f"{sweep}/both", results(n_samples=[10], threshold=[0.7]))
     write(models, f"{sweep}/edited", results(threshold=[0.7], origins=[origin(EDITED)]))
+    write(models, f"{sweep}/mine", mine(1, 80.0, threshold=[0.7]))
 
 
 def test_the_sweep_has_tables_of_its_own(models, capsys):
