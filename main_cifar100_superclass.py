@@ -33,7 +33,6 @@ VARIANT; defaults of the flags.
 
 # 1. Imports ---------------------------------------------------------------------------------------
 import argparse
-import copy
 import errno
 import hashlib
 import io
@@ -124,7 +123,8 @@ def thresholds(args, task):
 # To use it elsewhere: train each task with a new SGD optimizer, then call update_bases; before the
 # second task call freeze_batchnorm. Adam and weight decay would also move the weights in protected
 # directions. Call the layers as modules: F.linear(x, layer.weight) would bypass the projection.
-# Switch TF32 off, whose rounding errors are large enough to change old outputs.
+# The projection must be exact to float32: switch TF32 off, and with autocast call backward outside
+# its context, as PyTorch advises.
 
 
 def project(G, M):
@@ -181,7 +181,7 @@ class LinearWithProjectedInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, delta):
         x, W, M = ctx.saved_tensors
-        x, delta = x.to(W.dtype), delta.to(W.dtype)  # under autocast they may be bfloat16
+        x, delta = x.to(W.dtype), delta.to(W.dtype)  # autocast may have made them bfloat16
         G = delta.flatten(0, -2).T @ project(x.flatten(0, -2), M)
         return delta @ W, G, None
 
@@ -233,11 +233,12 @@ def unprotected_layers(model):
 
     BatchNorm without running statistics is not among them: freeze_batchnorm takes care of it.
     """
+    cared_for = (Projected, nn.BatchNorm1d, nn.BatchNorm2d)
     names = []
     for name, module in model.named_modules():
-        batchnorm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
-        protected = isinstance(module, Projected) or (batchnorm and module.running_mean is None)
-        if not protected and any(True for _ in module.parameters(recurse=False)):
+        has_statistics = getattr(module, "running_mean", None) is not None
+        has_parameters = any(True for _ in module.parameters(recurse=False))
+        if has_statistics or (has_parameters and not isinstance(module, cared_for)):
             names.append(name or "the model itself")
     return names
 
@@ -458,7 +459,8 @@ def train_task(model, train, valid, args, progress, end_epoch):
             fail(f"the loss became {loss + valid_loss}: try an --lr below {args.lr}", status=1)
         if valid_loss < progress.best_loss or args.lr_patience == 0:
             progress.best_loss, progress.waited = valid_loss, 0
-            progress.best_weights = copy.deepcopy(model.state_dict())
+            state = model.state_dict()
+            progress.best_weights = {key: value.clone() for key, value in state.items()}
         else:
             progress.waited += 1
             if progress.waited == args.lr_patience:
@@ -575,7 +577,7 @@ class Run:
             fail(f"another process is at work in {self.folder}: wait, or choose another --run_name")
         except (NotImplementedError, OSError) as error:
             # A file system without locks is used without one.
-            if isinstance(error, OSError) and error.errno != errno.ENOLCK:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOTSUP):
                 raise
         if (self.folder / "checkpoint.pt").exists():
             self.resume()
@@ -601,12 +603,12 @@ class Run:
                 fail(f"{self.folder} holds a run with {change}: choose another --run_name")
         try:
             self.model.load_state_dict(saved["model"])
-        except RuntimeError as error:
+            self.progress = Progress(**saved["progress"])
+        except (RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split()[:20])
             change = f"a different network ({reason} ...)"
             fail(f"{self.folder} holds a run with {change}: choose another --run_name")
         self.results = saved["results"]
-        self.progress = Progress(**saved["progress"])
         generators = random_generators(self.args.device)
         for generator, state in zip(generators, saved["random"], strict=False):  # GPU or not
             generator.set_state(state)
@@ -735,10 +737,8 @@ def random_generators(device):
 
 def provenance(device):
     """What produced a result: code, versions and device. The commit is "" outside a checkout."""
-    here = Path(__file__)
-    git = f"git rev-parse HEAD && git status --porcelain -- {here.name} dataloader"
-    output = subprocess.run(git, shell=True, cwd=here.parent, capture_output=True, text=True).stdout
-    commit, _, changes = output.partition("\n")
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--", Path(__file__).name, "dataloader")
     cpu = platform.processor() or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {
@@ -752,6 +752,15 @@ def provenance(device):
         },
         "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
     }
+
+
+def git(*words):
+    """What git prints in the folder of this script; "" outside a checkout or without git."""
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    try:
+        return subprocess.run(["git", *words], **options).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def digest_of_code():
@@ -868,6 +877,8 @@ if __name__ == "__main__":
         signal.raise_signal(signal.SIGINT)  # so that a shell loop over seeds ends too
     except (OSError, RuntimeError) as error:
         # A full disk, or a full GPU, which cuBLAS and cuDNN report as a plain RuntimeError.
-        if isinstance(error, RuntimeError) and not re.search("out of memory|ALLOC_F", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(
+            r"out of memory|ALLOC\w*_F", str(error)
+        ):
             raise
         fail(str(error).partition("\n")[0] or type(error).__name__, status=1)

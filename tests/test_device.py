@@ -67,11 +67,6 @@ def pretend_values(patch, waits):
         patch.setattr(torch.Tensor, name, wait)
 
 
-def copy_of_weights(state):
-    """In place of copy.deepcopy, which crashes Python on fake tensors."""
-    return {name: value.clone() for name, value in state.items()}
-
-
 def run_on_pretended_gpu(bench, monkeypatch, *more):
     """Run main on the pretended GPU, with a checkpoint after each epoch.
 
@@ -93,7 +88,6 @@ def run_on_pretended_gpu(bench, monkeypatch, *more):
         patch.setattr(script, "build_model", real(script.build_model))
         patch.setattr(script, "train_epoch", train_epoch)
         patch.setattr(script, "SAVE_SECONDS", 0)
-        patch.setattr(script, "copy", mock.Mock(deepcopy=copy_of_weights))
         patch.setattr(torch, "load", real(torch.load))
         patch.setattr(torch, "save", lambda checkpoint, _: saved.append(checkpoint))
         patch.setattr(torch, "default_generator", mock.Mock())

@@ -605,9 +605,10 @@ def test_layers_without_a_basis_are_named(method):
         nn.BatchNorm2d(4),
         nn.Linear(144, 30),
         method.ProjectedLinear(30, 20),
+        nn.BatchNorm1d(20, affine=False),
     )
     model.heads = nn.ModuleList([nn.Linear(20, 3)])
-    assert method.unprotected_layers(model) == ["2", "3", "heads.0"]
+    assert method.unprotected_layers(model) == ["2", "3", "5", "heads.0"]
     model.scale = nn.Parameter(torch.ones(1))
     assert method.unprotected_layers(model)[0] == "the model itself"
     assert list(method.projected_layers(model)) == ["0", "4"]

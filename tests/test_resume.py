@@ -186,6 +186,12 @@ def test_another_network_is_refused(pmnist, new, pattern, monkeypatch, capsys):
     assert contents(pmnist.run_folder()) == before
 
 
+def test_progress_of_another_form_is_refused(pmnist, monkeypatch, capsys):
+    pmnist.stop(monkeypatch)
+    pmnist.edit("waited: int = 0", "patience: int = 0")
+    assert_refused(capsys, 2, "a different network .*'waited'.*: choose another", pmnist.run)
+
+
 # Other arguments and data -------------------------------------------------------------------------
 def test_other_arguments_are_refused_and_named(pmnist, capsys):
     before = contents(pmnist.run())
@@ -257,7 +263,7 @@ def test_a_second_process_is_refused(pmnist, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:flock not supported")
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
 def test_a_file_system_without_locks(pmnist, number, monkeypatch):
     no_locks = OSError(number, "no locks on this file system")
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=no_locks))
