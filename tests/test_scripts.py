@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -218,37 +219,19 @@ SHORT_PROTOCOL = {
         ("default=[24, 100, 125, 125]", "default=[6]"),
     ],
 }
-SETTINGS = ["user.name=nobody", "user.email=nobody@localhost", "commit.gpgsign=false"]
-
-
-def git(folder, *command):
-    """Run git in the folder; returns its output."""
-    result = subprocess.run(["git", *command], cwd=folder, text=True, stdout=subprocess.PIPE)
-    result.check_returncode()
-    return result.stdout.strip()
 
 
 def make_comparable(bench):
-    """Commit a copy of the script to a new repository, with defaults that make a short run.
-
-    The loaders are copied too, but only a process of its own uses the copies.
-    """
-    if not shutil.which("git"):
-        pytest.skip("git is not installed")
+    """Take a copy of the script with defaults that make a short run, as if it were published."""
     for old, new in SHORT_PROTOCOL[Path(bench.script.__file__).stem]:
         bench.edit(old, new)
-    caches = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "dataloader", bench.folder / "dataloader", ignore=caches)
-    shutil.copy(ROOT / ".gitignore", bench.folder)
-    git(bench.folder, "init", "--quiet")
-    commit_all(bench.folder)
+    publish(bench, bench.script.digest_of_code())
 
 
-def commit_all(folder):
-    """Commit the code in the folder."""
-    git(folder, "add", "*.py")
-    options = [word for setting in SETTINGS for word in ("-c", setting)]
-    git(folder, *options, "commit", "--quiet", "--message", "code")
+def publish(bench, digest):
+    """Write the digest into the docstring of the bench's copy of the script."""
+    (line,) = re.findall(r"^code .*", bench.script.__doc__, re.MULTILINE)
+    bench.edit(line, f"code        {digest}")
 
 
 def make_complete(bench, monkeypatch):
@@ -310,54 +293,79 @@ def test_correct_images_do_not_compare(tmp_path, monkeypatch, capsys):
     assert "(paper: 57.72, mean over 5 orders)" in capsys.readouterr().out
 
 
-def test_another_script_does_not_compare(comparable, capsys):
-    comparable.edit("return G - G @ M @ M.T", "return G", name="main_pmnist_mine")
-    commit_all(comparable.folder)
+@pytest.mark.parametrize("name", ["main_pmnist", "main_pmnist_mine"])
+def test_edited_code_does_not_compare(comparable, name, capsys):
+    """Whether or not the edit was committed."""
+    comparable.edit("return G - G @ M @ M.T", "return G", name=name)
     comparable.run()
-    reasons = "not comparable with the paper: main_pmnist_mine is another script"
-    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
+    assert last_lines(capsys) == ["not comparable with the paper: edited code", "ACC", "BWT"]
 
 
-def test_code_outside_of_a_checkout_does_not_compare(comparable, capsys):
-    shutil.rmtree(comparable.folder / ".git")
-    comparable.run()
-    reasons = "not comparable with the paper: uncommitted code"
-    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
+def test_edited_defaults_do_not_compare(comparable, capsys):
+    comparable.edit("default=0.01", "default=0.02")
+    folder = comparable.run()
+    assert results_of(folder)["changed"] == {}
+    assert last_lines(capsys) == ["not comparable with the paper: edited code", "ACC", "BWT"]
 
 
 def test_code_that_changed_during_a_run_does_not_compare(comparable, monkeypatch, capsys):
-    comparable.stop(monkeypatch)
+    published = comparable.script.__file__
+    original = Path(published).read_text()
     comparable.edit("SAVE_SECONDS = 30", "SAVE_SECONDS = 31")
+    comparable.stop(monkeypatch)
+    Path(published).write_text(original)
+    comparable.script = load_script(Path(published))
+    comparable.run()
+    assert last_lines(capsys) == ["not comparable with the paper: edited code", "ACC", "BWT"]
+
+
+def git(folder, *command):
+    """Run git in the folder; returns its output."""
+    result = subprocess.run(["git", *command], cwd=folder, text=True, stdout=subprocess.PIPE)
+    result.check_returncode()
+    return result.stdout.strip()
+
+
+def commit_all(folder):
+    """Commit the code in the folder to a new repository."""
+    git(folder, "init", "--quiet")
+    git(folder, "add", "*.py")
+    settings = ["user.name=nobody", "user.email=nobody@localhost", "commit.gpgsign=false"]
+    options = [word for setting in settings for word in ("-c", setting)]
+    git(folder, *options, "commit", "--quiet", "--message", "code")
+
+
+def copy_loaders(bench):
+    """Copy the loaders beside the copy of the script; a process of its own uses these."""
+    caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "dataloader", bench.folder / "dataloader", ignore=caches)
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_the_commit_and_whether_the_code_differs_from_it(comparable):
+    copy_loaders(comparable)
     commit_all(comparable.folder)
-    comparable.run()
-    reasons = "not comparable with the paper: code that changed during the run"
-    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
-
-
-def test_uncommitted_code_does_not_compare(comparable, capsys):
-    comparable.run()
     (comparable.folder / "README.md").touch()  # another file does not matter, a loader does
-    comparable.run("--run_name", "beside")
-    assert "(paper" in capsys.readouterr().out
+    clean = comparable.run()
     with open(comparable.folder / "dataloader" / "pmnist.py", "a") as loader:
         loader.write("# edited\n")
     edited = comparable.run("--run_name", "edited")
-    reasons = "not comparable with the paper: uncommitted code"
-    assert last_lines(capsys) == [reasons, "ACC", "BWT"]
-
     commit = git(comparable.folder, "rev-parse", "HEAD")
-    for folder, dirty in (comparable.run_folder("beside"), False), (edited, True):
+    for folder, dirty in (clean, False), (edited, True):
         (origin,) = results_of(folder)["origins"]
         assert (origin["commit"], origin["dirty"]) == (commit, dirty)
 
 
 def test_a_terminal_without_plus_minus(pmnist):
     make_comparable(pmnist)
+    copy_loaders(pmnist)
     loader = pmnist.folder / "dataloader" / "raw.py"
     code = loader.read_text()
     assert '"mnist": Spec(60_000, 10_000,' in code
     loader.write_text(code.replace('"mnist": Spec(60_000, 10_000,', '"mnist": Spec(300, 60,'))
-    commit_all(pmnist.folder)
+    digest = "import main_pmnist as script; print(script.digest_of_code())"
+    command = [sys.executable, "-c", digest]
+    publish(pmnist, subprocess.check_output(command, cwd=pmnist.folder, text=True).strip())
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONDONTWRITEBYTECODE": "1"}
     process = pmnist.process(env=environment)
     out, err = process.communicate()
