@@ -196,7 +196,7 @@ interrupted() { # SIGNAL: end the runs, then this script by the same signal, so 
     for _ in {1..50}; do
         kill -0 -- "-$!" 2>/dev/null && sleep 0.1
     done
-    echo "Interrupted. The same command goes on where this one stopped." >&2
+    [ "$quick" = 1 ] || echo "Interrupted. The same command goes on where this one stopped." >&2
     trap - "$1"
     kill -s "$1" $$
 }

@@ -573,19 +573,28 @@ def largest(groups):
 
 
 def gpm_of_same_seeds(method, own, reference):
-    """Runs of GPM with seeds (and orders) of a method's runs, and where they are from.
+    """Runs of GPM with the flags, seeds and orders of a method's runs, and where they are from.
 
     Those trained here come first. Returns [], "" if there are none.
     """
     wanted = {run.sample for run in method}
-    row = row_of(method)
     for collection, origin in (own, "trained here"), (reference, "reference"):
-        matches = [
-            [run for run in group if run.sample in wanted] for group in collection.published(row)
-        ]
+        groups = [g for g in collection.groups if is_gpm_with_flags_of(method[0], g[0])]
+        matches = [[run for run in group if run.sample in wanted] for group in groups]
         if largest(matches):
             return largest(matches), origin
     return [], ""
+
+
+def is_gpm_with_flags_of(method, run):
+    """Whether a run is GPM, unedited, with the flags of a run of another method.
+
+    Flags that only the other method has do not matter.
+    """
+    flags = differing_flags(run.benchmark, run.args)
+    same = run.row_key == method.row_key and flags == differing_flags(run.benchmark, method.args)
+    unedited = run.differences == [flag_text(*item) for item in flags.items()]
+    return same and unedited and not run.own
 
 
 def row_of(runs):
@@ -721,7 +730,7 @@ def methods_table(own, reference):
         row["Method"] = f"`{name}`"
         gpm, origin = gpm_of_same_seeds(group, own, reference)
         if not gpm:
-            row["GPM, same seeds"] = "no run of these seeds"
+            row["GPM, same seeds"] = "no run with these flags and seeds"
             continue
         samples = {run.sample: run.ACC for run in gpm}
         same = [run for run in group if run.sample in samples]
@@ -886,11 +895,12 @@ def latex_text(text):
 
 
 def latex(table):
-    """A table for a document that uses the package booktabs."""
+    """A table for a document that uses booktabs and adjustbox, which shrinks what is too wide."""
     header, *body = [" & ".join(map(latex_text, row)) + r" \\" for row in cells_of(table)]
     return "\n".join(
         [
             f"% {table.title}",
+            r"\begin{adjustbox}{max width=\textwidth}",
             rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
             r"\toprule",
             header,
@@ -898,6 +908,7 @@ def latex(table):
             *body,
             r"\bottomrule",
             r"\end{tabular}",
+            r"\end{adjustbox}",
             "",
         ]
     )
@@ -906,7 +917,7 @@ def latex(table):
 def latex_report(own, reference, other_methods):
     """All tables, without what is said below them."""
     tables = all_tables(own, reference, other_methods)
-    return "\n".join(["% needs \\usepackage{booktabs}", *map(latex, tables)])
+    return "\n".join(["% needs \\usepackage{adjustbox,booktabs}", *map(latex, tables)])
 
 
 CSV_COLUMNS = (
@@ -1116,7 +1127,7 @@ def draw_all(args, own, reference):
     for path, draw in wanted.items():
         figure = draw()
         if figure is None:
-            print(f"report.py: nothing measured yet: {path} is not written", file=sys.stderr)
+            print(f"report.py: no results for it: {path} is not written", file=sys.stderr)
             continue
         try:
             save_figure(figure, path)
@@ -1165,7 +1176,9 @@ def parse_args(argv=None):
     add("--reference", type=folder, default=HERE / "reference", help="the repository's runs")
     add("--all", action="store_true", help="also the paper's other methods")
     add("--figure", type=figure_file, metavar="FILE", help="draw ACC over the tasks")
-    add("--sweep", type=figure_file, metavar="FILE", help="draw the sweep over eps and n_s")
+    add(
+        "--sweep", type=figure_file, metavar="FILE", help="draw the reference's sweep over eps, n_s"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print each accuracy of each run")
     form.add_argument("--latex", action="store_true", help="print the tables for LaTeX")

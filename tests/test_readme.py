@@ -24,7 +24,14 @@ SCRIPTS = {  # name of the script: how its rows of the table begin
     "main_cifar100_superclass": "| CIFAR-100 Superclass",
     "main_five_datasets": "| 5-Datasets",
 }
-OTHER_FLAGS = {"--list", "--setup", "--all", "--csv", "--latex"}  # of the runner and the report
+OTHER_FLAGS = {
+    "--list",
+    "--setup",
+    "--all",
+    "--csv",
+    "--latex",
+    "--figure",
+}  # of the runner and the report
 FOREIGN_FLAGS = {"--jobs", "--gpus", "--array", "--wrap"}  # of GNU parallel and Slurm
 
 
@@ -165,7 +172,8 @@ def test_layers_of_an_existing_model_are_replaced():
     model = Block()
     x, y = torch.randn(6, 3, 8, 8), torch.randint(0, 4, (6,))
     before = model(x, 0).detach()
-    names["protect"](model, free=("heads.0", "heads.1"))
+    names["protect"](model, free=["heads"])
+    assert main_cifar100.unprotected_layers(model) == ["heads.0", "heads.1"]
     layers = main_cifar100.projected_layers(model)
     assert list(layers) == ["patches", "qkv", "out", "mlp.0", "mlp.2"]
     assert torch.equal(model(x, 0), before)
@@ -205,9 +213,12 @@ def test_the_csv_draws_forgetting_curves(tmp_path, monkeypatch):
     pytest.importorskip("pandas", reason="pandas is not installed")
     command = [sys.executable, ROOT / "models" / "report.py", "--csv", "--models_dir", tmp_path]
     csv = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (tmp_path / "accuracies.csv").write_text(csv)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "accuracies.csv").write_text(csv)
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(block_with("import pandas"), names)
-    curves = names["first"].groupby("run").trained_task.max()
-    assert curves.max() == 20
+    curves = names["curves"].unstack(["script", "setting"])
+    assert list(curves.index) == list(range(1, 11))
+    published = curves["main_pmnist", "as published"]
+    assert published.iloc[0] > 90 and published.iloc[-1] > 90

@@ -510,10 +510,24 @@ def test_a_method_of_ones_own_beside_own_runs_of_gpm(models, capsys):
     assert "alpha" in row["Not as published"]
 
 
+def test_a_method_with_changed_flags_beside_gpm_with_the_same(models, capsys):
+    """93.0 - 70.0, and not 93.0 less the ACC of runs with other flags or of edited code."""
+    write_reference(models)
+    write(models, "pmnist/seed_2", ACC=91.0)
+    write(models, "pmnist/seed_2_lr", ACC=70.0, lr=0.02)
+    write(models, "pmnist/edited", ACC=60.0, lr=0.02, origins=[origin(EDITED)])
+    write(models, "pmnist_mine/seed_2_lr", mine(2, 93.0, lr=0.02))
+    row = rows(run_report(capsys, models), "Own methods")[0]
+    assert row["GPM, same seeds"] == "70.00 / -3.00 (1 seed), trained here"
+    assert row["Difference"] == "+23.00"
+
+
 def test_a_method_without_gpm_of_the_same_seeds(models, capsys):
     write(models, "pmnist_mine/seed_2", mine(2, 93.0))
     row = rows(run_report(capsys, models), "Own methods")[0]
-    assert row["GPM, same seeds"] == "no run of these seeds" and row["Difference"] == "-"
+    assert (
+        row["GPM, same seeds"] == "no run with these flags and seeds" and row["Difference"] == "-"
+    )
 
 
 def test_a_method_of_ones_own_has_other_code(models, capsys):
@@ -523,7 +537,7 @@ def test_a_method_of_ones_own_has_other_code(models, capsys):
     text = run_report(capsys, models)
     row = rows(text, "Own methods")[0]
     assert row["Not as published"] == "-" and row["Benchmark"] == "Permuted MNIST"
-    assert row["GPM, same seeds"] == "no run of these seeds"
+    assert row["GPM, same seeds"] == "no run with these flags and seeds"
     assert "- Permuted MNIST: the code was not committed." in text
 
 
