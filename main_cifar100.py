@@ -7,7 +7,7 @@ network     AlexNet-like: 3 convolutions, 2 linear layers, 6.7 M parameters
 paper       arXiv 2103.09762: ACC 72.48 ± 0.40, BWT -0.9 ± 0
 measured    not measured yet
 output      models/cifar100/<run name>/results.json; the same command continues a stopped run
-code        a116728daa88e24c, the digest of this script and its loaders before any edit
+code        2c27d891437cd129, the digest of this script and its loaders before any edit
 
 The weight W of a linear map y = W x has the gradient G = delta x^T (Eq. 1-2), so SGD moves W only
 within the span of its inputs. Steps orthogonal to the inputs of old tasks leave the old outputs
@@ -21,7 +21,7 @@ unchanged. GPM keeps an orthonormal basis M (d, r) of those inputs for each laye
 
 The first task starts from an empty M, for which Eq. 8-9 are Eq. 5. (||.|| is the Frobenius norm.)
 
-Sections 3 and 5 to 8 are the same in the other scripts, but for what main_pmnist.py lists.
+Sections 3 and 5 to 8 are the same in the other scripts, except for what main_pmnist.py lists.
 """
 
 # 1. Imports ---------------------------------------------------------------------------------------
@@ -730,7 +730,7 @@ def git(*words):
 def digest_of_code():
     """Digest of the loaders that this script imported and of itself, but for its docstring.
 
-    The docstring holds the digest of the unedited code, and what was measured with it.
+    The docstring holds the digest of the unedited code, and what was measured.
     """
     names = sorted(name for name in sys.modules if name.split(".")[0] == "dataloader")
     files = [__file__, *(sys.modules[name].__file__ for name in names)]

@@ -9,7 +9,7 @@ measured    --official_data: 57.49 ± 0.48 / -1.21 (5 orders), 66 min (CPU, 1 th
             correct images: 60.77 ± 1.17 / -1.87 (5 orders), 76 min (CPU, 1 or 2 threads)
 output      models/cifar100_superclass/<run name>/results.json; the same command continues a
             stopped run
-code        45acfeed31ac5964, the digest of this script and its loaders before any edit
+code        6cb535803b9f230d, the digest of this script and its loaders before any edit
 
 The weight W of a linear map y = W x has the gradient G = delta x^T (Eq. 1-2), so SGD moves W only
 within the span of its inputs. Steps orthogonal to the inputs of old tasks leave the old outputs
@@ -761,7 +761,7 @@ def git(*words):
 def digest_of_code():
     """Digest of the loaders that this script imported and of itself, but for its docstring.
 
-    The docstring holds the digest of the unedited code, and what was measured with it.
+    The docstring holds the digest of the unedited code, and what was measured.
     """
     names = sorted(name for name in sys.modules if name.split(".")[0] == "dataloader")
     files = [__file__, *(sys.modules[name].__file__ for name in names)]

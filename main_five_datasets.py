@@ -2,12 +2,12 @@
 
     python main_five_datasets.py --seed 37 --official_data
 
-benchmark   5 tasks of 10 classes: CIFAR-10, MNIST, SVHN, Fashion-MNIST, notMNIST; a head per task
+benchmark   5 tasks of 10 classes: CIFAR-10, MNIST, SVHN, Fashion-MNIST, notMNIST; one head each
 network     reduced ResNet18: 20 convolutions of 20 to 160 filters, 1.1 M parameters
 paper       arXiv 2103.09762: ACC 91.22 ± 0.20, BWT -1 ± 0
 measured    not measured yet
 output      models/five_datasets/<run name>/results.json; the same command continues a stopped run
-code        ae7dd9f625525d26, the digest of this script and its loaders before any edit
+code        855400ce682f7ee8, the digest of this script and its loaders before any edit
 
 The weight W of a linear map y = W x has the gradient G = delta x^T (Eq. 1-2), so SGD moves W only
 within the span of its inputs. Steps orthogonal to the inputs of old tasks leave the old outputs
@@ -743,7 +743,7 @@ def git(*words):
 def digest_of_code():
     """Digest of the loaders that this script imported and of itself, but for its docstring.
 
-    The docstring holds the digest of the unedited code, and what was measured with it.
+    The docstring holds the digest of the unedited code, and what was measured.
     """
     names = sorted(name for name in sys.modules if name.split(".")[0] == "dataloader")
     files = [__file__, *(sys.modules[name].__file__ for name in names)]

@@ -7,7 +7,7 @@ network     MLP 784-100-100-10, 89,400 parameters
 paper       arXiv 2103.09762: ACC 93.91 ± 0.16, BWT -3 ± 0
 measured    93.44 ± 0.27 / -3.54 (5 seeds), 4 min (CPU, 1 thread)
 output      models/pmnist/<run name>/results.json; the same command continues a stopped run
-code        6f0bcad6df840423, the digest of this script and its loaders before any edit
+code        89f17da9cdf5f8e0, the digest of this script and its loaders before any edit
 
 The weight W of a linear map y = W x has the gradient G = delta x^T (Eq. 1-2), so SGD moves W only
 within the span of its inputs. Steps orthogonal to the inputs of old tasks leave the old outputs
@@ -756,7 +756,7 @@ def git(*words):
 def digest_of_code():
     """Digest of the loaders that this script imported and of itself, but for its docstring.
 
-    The docstring holds the digest of the unedited code, and what was measured with it.
+    The docstring holds the digest of the unedited code, and what was measured.
     """
     names = sorted(name for name in sys.modules if name.split(".")[0] == "dataloader")
     files = [__file__, *(sys.modules[name].__file__ for name in names)]
