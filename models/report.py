@@ -895,12 +895,12 @@ def latex_text(text):
 
 
 def latex(table):
-    """A table for a document that uses booktabs and adjustbox, which shrinks what is too wide."""
+    """A table for a document that uses booktabs and graphicx, which shrinks what is too wide."""
     header, *body = [" & ".join(map(latex_text, row)) + r" \\" for row in cells_of(table)]
     return "\n".join(
         [
             f"% {table.title}",
-            r"\begin{adjustbox}{max width=\textwidth}",
+            r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
             r"\toprule",
             header,
@@ -908,7 +908,7 @@ def latex(table):
             *body,
             r"\bottomrule",
             r"\end{tabular}",
-            r"\end{adjustbox}",
+            "}",
             "",
         ]
     )
@@ -917,7 +917,7 @@ def latex(table):
 def latex_report(own, reference, other_methods):
     """All tables, without what is said below them."""
     tables = all_tables(own, reference, other_methods)
-    return "\n".join(["% needs \\usepackage{adjustbox,booktabs}", *map(latex, tables)])
+    return "\n".join(["% needs \\usepackage{booktabs,graphicx}", *map(latex, tables)])
 
 
 CSV_COLUMNS = (
