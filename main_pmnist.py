@@ -7,7 +7,7 @@ network     MLP 784-100-100-10, 89,400 parameters
 paper       arXiv 2103.09762: ACC 93.91 ± 0.16, BWT -3 ± 0
 measured    93.44 ± 0.27 / -3.54 (5 seeds), 4 min (CPU, 1 thread)
 output      models/pmnist/<run name>/results.json; the same command continues a stopped run
-code        89f17da9cdf5f8e0, the digest of this script and its loaders before any edit
+code        46e1f6bf86d2645e, the digest of this script and its loaders before any edit
 
 The weight W of a linear map y = W x has the gradient G = delta x^T (Eq. 1-2), so SGD moves W only
 within the span of its inputs. Steps orthogonal to the inputs of old tasks leave the old outputs
@@ -405,7 +405,7 @@ def train_epoch(model, task, x, y, optimizer, batch_size, x_hat=None):
         loss = F.cross_entropy(logits, y.index_select(0, batch))
         loss.backward()  # weights of projected layers receive G - G M M^T
         sgd_step(optimizer)
-        total += loss.detach() * len(batch)  # no .item(): it would wait for the GPU in each step
+        total.add_(loss.detach(), alpha=len(batch))  # no .item(): it would wait for the GPU
     return total.item() / len(x)
 
 
