@@ -5,7 +5,7 @@
 benchmark   10 tasks, each with its own permutation of the pixels of MNIST; one head for all
 network     MLP 784-100-100-10, 89,400 parameters
 paper       arXiv 2103.09762: ACC 93.91 ± 0.16, BWT -3 ± 0
-measured    93.44 ± 0.27 / -3.54 (5 seeds), 4 min (CPU, 1 thread)
+measured    93.44 ± 0.27 / -3.54 (5 seeds), 3 min (CPU, 1 thread)
 output      models/pmnist/<run name>/results.json; the same command continues a stopped run
 code        46e1f6bf86d2645e, the digest of this script and its loaders before any edit
 
