@@ -5,7 +5,7 @@
 benchmark   10 tasks of 10 classes each, one head per task
 network     AlexNet-like: 3 convolutions, 2 linear layers, 6.7 M parameters
 paper       arXiv 2103.09762: ACC 72.48 ± 0.40, BWT -0.9 ± 0
-measured    71.80 ± 0.74 / -0.35 (4 seeds), 2.5 h (CPU, 1 or 2 threads)
+measured    71.62 ± 0.76 / -0.36 (5 seeds), 2.7 h (CPU, 1 or 2 threads)
 output      models/cifar100/<run name>/results.json; the same command continues a stopped run
 code        2c27d891437cd129, the digest of this script and its loaders before any edit
 
