@@ -5,7 +5,7 @@
 benchmark   5 tasks of 10 classes: CIFAR-10, MNIST, SVHN, Fashion-MNIST, notMNIST; one head each
 network     reduced ResNet18: 20 convolutions of 20 to 160 filters, 1.1 M parameters
 paper       arXiv 2103.09762: ACC 91.22 ± 0.20, BWT -1 ± 0
-measured    90.85 / -1.46 (1 seed), 7.8 h (CPU, 2 threads)
+measured    --official_data: 90.85 / -1.46 (1 seed), 7.8 h (CPU, 2 threads)
 output      models/five_datasets/<run name>/results.json; the same command continues a stopped run
 code        855400ce682f7ee8, the digest of this script and its loaders before any edit
 
