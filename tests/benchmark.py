@@ -237,21 +237,18 @@ class Form:
         return matrices, bases
 
 
-def reference_ranks(name, form):
-    """Ranks at the last task, {layer: r}, and where they come from."""
-    for path in sorted((ROOT / "models" / "reference" / name).glob("*/results.json")):
-        ranks = json.loads(path.read_text(encoding="utf-8"))["ranks"]
-        if len(ranks) == form.args.n_tasks:
-            return ranks[-1], path.parent.name
-    ranks = {layer: round(0.7 * len(M)) for layer, M in form.M.items()}
-    return ranks, "no run: 0.7 of the widths"
+def reference_ranks(name):
+    """Ranks after the last task of a committed run, {layer: r}, and the run's name."""
+    path = min((ROOT / "models" / "reference" / name).glob("*/results.json"))
+    ranks = json.loads(path.read_text(encoding="utf-8"))["ranks"]
+    return ranks[-1], path.parent.name
 
 
 def assignments(name):
     """The first task, the last one with random bases of realistic ranks, and a note on these."""
     shape, n_images, _ = BENCHMARKS[name]
     form = Form(name, False, torch.device("cpu"))
-    ranks, run = reference_ranks(name, form)
+    ranks, run = reference_ranks(name)
     bases = {
         layer: torch.linalg.qr(torch.randn(len(M), ranks[layer]).double())[0]
         for layer, M in form.M.items()
