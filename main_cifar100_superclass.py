@@ -9,7 +9,7 @@ measured    --official_data: 57.49 ± 0.48 / -1.21 (5 orders), 66 min (CPU, 1 th
             correct images: 60.77 ± 1.17 / -1.87 (5 orders), 76 min (CPU, 1 or 2 threads)
 output      models/cifar100_superclass/<run name>/results.json; the same command continues a
             stopped run
-code        6cb535803b9f230d, the digest of this script and its loaders before any edit
+code        fb131df84cf98008, the digest of this script and its loaders before any edit
 
 The weight W of a linear map y = W x has the gradient G = delta x^T (Eq. 1-2), so SGD moves W only
 within the span of its inputs. Steps orthogonal to the inputs of old tasks leave the old outputs
@@ -95,7 +95,7 @@ def parse_args(argv=None):
     add("--n_tasks", type=number(int, 1, N_TASKS + 1), default=N_TASKS, help="first n tasks")
     add("--t_order", type=int, default=0, choices=range(5), help="order of the tasks")
     add("--official_data", action="store_true", help="scrambled images, as in the released code")
-    add("--device", type=usable_device, default="auto", help="auto: cuda if usable, else cpu")
+    add("--device", type=usable_device, default="auto", help="auto: cuda if there is one, else cpu")
     add("--data_dir", type=folder, default="data", help="where data sets are cached")
     add("--models_dir", type=folder, default="models", help="where runs are kept")
     add("--run_name", help="name of the run's folder; None: seed, order and changed flags")
@@ -605,6 +605,8 @@ class Run:
             self.model.load_state_dict(saved["model"])
             self.progress = Progress(**saved["progress"])
         except (RuntimeError, TypeError) as error:
+            if gpu_is_full(error):
+                raise
             reason = " ".join(str(error).split()[:20])
             change = f"a different network ({reason} ...)"
             fail(f"{self.folder} holds a run with {change}: choose another --run_name")
@@ -854,6 +856,13 @@ def check_sizes(args, model, tasks):
                 fail(f"--batch_size_{part} {batch_size} leaves a batch of one image of {task.name}")
 
 
+def gpu_is_full(error):
+    """Whether an error comes from a full GPU. cuBLAS and cuDNN have no exception of their own."""
+    # The last two: no room for the handle of a library, or for the workspace of a convolution.
+    words = r"out of memory|ALLOC\w*_F|STATUS_NOT_INITIALIZED|unable to find an engine"
+    return bool(re.search(words, str(error)))
+
+
 def fail(message, status=2):
     """End the program with one line: status 2 for wrong input, 1 for a run that went wrong."""
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
@@ -870,10 +879,7 @@ if __name__ == "__main__":
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)  # so that a shell loop over seeds ends too
-    except (OSError, RuntimeError) as error:
-        # A full disk, or a full GPU, which cuBLAS and cuDNN report as a plain RuntimeError.
-        if isinstance(error, RuntimeError) and not re.search(
-            r"out of memory|ALLOC\w*_F", str(error)
-        ):
+    except (OSError, RuntimeError) as error:  # a full disk, or a full GPU
+        if isinstance(error, RuntimeError) and not gpu_is_full(error):
             raise
         fail(str(error).partition("\n")[0] or type(error).__name__, status=1)

@@ -7,7 +7,7 @@ network     MLP 784-100-100-10, 89,400 parameters
 paper       arXiv 2103.09762: ACC 93.91 ± 0.16, BWT -3 ± 0
 measured    93.44 ± 0.27 / -3.54 (5 seeds), 3 min (CPU, 1 thread)
 output      models/pmnist/<run name>/results.json; the same command continues a stopped run
-code        46e1f6bf86d2645e, the digest of this script and its loaders before any edit
+code        80ce7ba70580eebf, the digest of this script and its loaders before any edit
 
 The weight W of a linear map y = W x has the gradient G = delta x^T (Eq. 1-2), so SGD moves W only
 within the span of its inputs. Steps orthogonal to the inputs of old tasks leave the old outputs
@@ -90,7 +90,7 @@ def parse_args(argv=None):
         help="training images from which R is computed, one value or one per layer")
     add("--n_tasks", type=number(int, 1, N_TASKS + 1), default=N_TASKS, help="first n tasks")
     add("--n_hidden", type=number(int, 1), default=100, help="units of each hidden layer")
-    add("--device", type=usable_device, default="auto", help="auto: cuda if usable, else cpu")
+    add("--device", type=usable_device, default="auto", help="auto: cuda if there is one, else cpu")
     add("--data_dir", type=folder, default="data", help="where data sets are cached")
     add("--models_dir", type=folder, default="models", help="where runs are kept")
     add("--run_name", help="name of the run's folder; None: seed and changed flags")
@@ -600,6 +600,8 @@ class Run:
             self.model.load_state_dict(saved["model"])
             self.progress = Progress(**saved["progress"])
         except (RuntimeError, TypeError) as error:
+            if gpu_is_full(error):
+                raise
             reason = " ".join(str(error).split()[:20])
             change = f"a different network ({reason} ...)"
             fail(f"{self.folder} holds a run with {change}: choose another --run_name")
@@ -849,6 +851,13 @@ def check_sizes(args, model, tasks):
                 fail(f"--batch_size_{part} {batch_size} leaves a batch of one image of {task.name}")
 
 
+def gpu_is_full(error):
+    """Whether an error comes from a full GPU. cuBLAS and cuDNN have no exception of their own."""
+    # The last two: no room for the handle of a library, or for the workspace of a convolution.
+    words = r"out of memory|ALLOC\w*_F|STATUS_NOT_INITIALIZED|unable to find an engine"
+    return bool(re.search(words, str(error)))
+
+
 def fail(message, status=2):
     """End the program with one line: status 2 for wrong input, 1 for a run that went wrong."""
     print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
@@ -865,10 +874,7 @@ if __name__ == "__main__":
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)  # so that a shell loop over seeds ends too
-    except (OSError, RuntimeError) as error:
-        # A full disk, or a full GPU, which cuBLAS and cuDNN report as a plain RuntimeError.
-        if isinstance(error, RuntimeError) and not re.search(
-            r"out of memory|ALLOC\w*_F", str(error)
-        ):
+    except (OSError, RuntimeError) as error:  # a full disk, or a full GPU
+        if isinstance(error, RuntimeError) and not gpu_is_full(error):
             raise
         fail(str(error).partition("\n")[0] or type(error).__name__, status=1)

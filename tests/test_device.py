@@ -192,7 +192,7 @@ def test_a_checkpoint_of_one_gpu_goes_on_on_another(tmp_path, monkeypatch):
     for device, n_gpus, used in ("cuda:0", 1, 0), ("cuda", 1, 0), ("cuda:1", 3, 1):
         machine = Machine(bench, monkeypatch, n_gpus, seed=20)
         before = machine.states()
-        torch.manual_seed(99)
+        torch.default_generator.manual_seed(99)
         with machine.open_run(device):
             assert torch.equal(torch.default_generator.get_state(), cpu_state)
         for number, state in enumerate(machine.states()):

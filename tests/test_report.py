@@ -263,7 +263,7 @@ def test_two_versions_of_a_script_are_not_averaged(models, capsys, two_versions)
         ("Permuted MNIST, code aaaaaaaa", "94.00 / -3.00 (1 seed)"),
         ("Permuted MNIST, code bbbbbbbb", "93.00 / -3.00 (1 seed)"),
     ]
-    assert "code bbbbbbbb, the reference's aaaaaaaa." in text
+    assert "code bbbbbbbb, the reference's aaaaaaaa: two versions of the published" in text
     assert "code aaaaaaaa, the reference's" not in text
 
 

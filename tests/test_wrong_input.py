@@ -127,6 +127,9 @@ FULL_GPU = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore lines"),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported late."),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
@@ -138,6 +141,13 @@ def test_a_full_gpu(pmnist, error, monkeypatch, capsys):
     monkeypatch.setattr(torch, "manual_seed", Mock(side_effect=error))
     first_line = re.escape(str(error).splitlines()[0])
     assert_refused(capsys, 1, first_line, pmnist.program, monkeypatch)
+
+
+def test_a_gpu_that_is_full_when_a_run_resumes(pmnist, monkeypatch, capsys):
+    """It has no room for the bases, which does not mean that they are of a different network."""
+    pmnist.stop(monkeypatch)
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", Mock(side_effect=FULL_GPU[0]))
+    assert_refused(capsys, 1, "CUDA out of memory", pmnist.program, monkeypatch)
 
 
 def test_another_error_keeps_its_traceback(pmnist, monkeypatch):
