@@ -61,7 +61,7 @@ quoted() { # WORD: print it as every sh reads it; printf %q may print what only 
 # Environment --------------------------------------------------------------------------------------
 inventory() { # PYTHON FILE...: compare a Python with requirements; status 1 if it is unusable
     # Prints "has NAME==VERSION" or "lacks REQUIREMENT" for each, and a note if a version is newer
-    # than the tested ones. It goes by recorded versions, because a CUDA build of torchvision beside
+    # than in a new environment. It goes by recorded versions, because a CUDA build of torchvision beside
     # a CPU build of torch serves the scripts but cannot be imported.
     "$1" - "${@:2}" 2>/dev/null <<'PYTHON'
 import importlib.metadata
@@ -93,7 +93,7 @@ for file in sys.argv[1:]:
             continue
         print(f"has {name}=={version}")
         if above and numbers(version) >= numbers(above):
-            print(f"note: {name} {version} is newer than the versions tested, below {above}")
+            print(f"note: {name} {version} is newer than what a new environment gets, below {above}")
 PYTHON
 }
 
