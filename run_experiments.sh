@@ -61,8 +61,8 @@ quoted() { # WORD: print it as every sh reads it; printf %q may print what only 
 # Environment --------------------------------------------------------------------------------------
 inventory() { # PYTHON FILE...: compare a Python with requirements; status 1 if it is unusable
     # Prints "has NAME==VERSION" or "lacks REQUIREMENT" for each, and a note if a version is newer
-    # than in a new environment. It goes by recorded versions, because a CUDA build of torchvision beside
-    # a CPU build of torch serves the scripts but cannot be imported.
+    # than in a new environment. It goes by recorded versions, because a CUDA build of torchvision
+    # beside a CPU build of torch serves the scripts but cannot be imported.
     "$1" - "${@:2}" 2>/dev/null <<'PYTHON'
 import importlib.metadata
 import re
