@@ -87,7 +87,7 @@ SLACK = 0.01  # for notMNIST, the size of whose released file is known roughly
 # apart. If a new version computes the same numbers, add its digest here and to the docstring of the
 # script. If not, measure anew with it, and remove the old digests together with their runs in
 # models/reference.
-PUBLISHED_CODE = {  # of each script the last two differ only in what they say of a full GPU
+PUBLISHED_CODE = {  # of each script the last two differ only in messages
     "main_pmnist": (
         "22a653a159aa0bf8",  # commit b251346, of the sweep in models/reference
         "46e1f6bf86d2645e",  # eight whole runs gave the same results
